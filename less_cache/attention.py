@@ -1,0 +1,91 @@
+"""Attention over kept tokens and the low-rank state.
+
+Axes: `b` batch, `h` query heads, `g` KV heads, `s` = h / g query heads per KV head, `n` queries, `c` cache columns,
+`d` head dim, `r` rank. Query heads g·s … g·s + s − 1 share KV head g.
+"""
+
+import torch
+
+from less_cache.state import LowRankState
+
+LOWEST = torch.finfo(torch.float32).min  # a log of 0 that softmax survives where a whole row has it
+
+
+def group_heads(by_query_head: torch.Tensor, num_key_value_heads: int) -> torch.Tensor:
+    """`[b, h, n, *]` to `[b, g, s, n, *]`."""
+    return by_query_head.unflatten(1, (num_key_value_heads, -1))
+
+
+def attention_logits(
+    query_states: torch.Tensor,
+    key_states: torch.Tensor,
+    visible: torch.Tensor,
+    scaling: float,
+    softcap: float | None = None,
+) -> torch.Tensor:
+    """q k · scaling, soft-capped, -inf where not `visible`: `[b, g, s, n, c]` float32.
+
+    `query_states`: `[b, h, n, d]`, `key_states`: `[b, g, c, d]`, `visible`: bool, broadcast to `[b, g, n, c]`.
+    """
+    query_states = group_heads(query_states.float() * scaling, key_states.shape[1])  # [b, g, s, n, d]
+    b, g, s, n, d = query_states.shape
+    logits = query_states.reshape(b, g, s * n, d) @ key_states.float().transpose(-1, -2)  # [b, g, s·n, c]
+    logits = logits.view(b, g, s, n, -1)
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    return logits.masked_fill(~visible.unsqueeze(2), -torch.inf)
+
+
+def sparse_softmax(logits: torch.Tensor, sinks: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Softmax over the kept tokens alone, what a policy sees: weights `[b, g, s, n, c]` and log-sum-exp `[b, g, s, n, 1]`.
+
+    `sinks`: `[h]` or None, learned logits without a value (gpt-oss) that share the denominator.
+    """
+    log_sum = logits.logsumexp(dim=-1, keepdim=True)
+    if sinks is not None:
+        log_sum = torch.logaddexp(log_sum, sinks.float().view(1, logits.shape[1], logits.shape[2], 1, 1))
+    return (logits - log_sum).exp(), log_sum
+
+
+def add_low_rank(
+    sparse_output: torch.Tensor, log_sum: torch.Tensor, query_features: torch.Tensor, state: LowRankState
+) -> torch.Tensor:
+    """Merge the state's virtual tokens into attention over the kept tokens, exactly:
+
+        out = ( φ(q) H + Σ_{i kept} e^{l_i} v_i ) / ( φ(q) z + Σ_{i kept} e^{l_i} )
+
+    as one softmax over both kinds of column. `sparse_output`: `[b, g, s, n, d]`, `log_sum`: log Σ e^{l_i},
+    `[b, g, s, n, 1]`, `query_features`: φ(q), `[b, h, n, r]`.
+    """
+    mass = group_heads(query_features, state.features_sum.shape[1])  # [b, g, s, n, r]
+    logits = (mass.log() + state.features_sum[:, :, None, None].log()).clamp_min(LOWEST)
+    low_rank_log_sum = logits.logsumexp(dim=-1, keepdim=True)
+    virtual_values = state.virtual_values()[:, :, None]  # [b, g, 1, r, d]
+    low_rank_output = logits.softmax(dim=-1) @ virtual_values
+    share = torch.sigmoid(low_rank_log_sum - log_sum)
+    return torch.lerp(sparse_output, low_rank_output, share)
+
+
+def less_attention(
+    query_states: torch.Tensor,
+    key_states: torch.Tensor,
+    value_states: torch.Tensor,
+    visible: torch.Tensor,
+    scaling: float,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    query_features: torch.Tensor | None = None,
+    state: LowRankState | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention output `[b, h, n, d]` in the values' dtype, and the sparse weights `[b, g, s, n, c]` in float32.
+
+    Without `state` the output is plain attention over the visible columns. At least one column must be visible to
+    every query. Shapes as in `attention_logits`; `value_states`: `[b, g, c, d]`.
+    """
+    logits = attention_logits(query_states, key_states, visible, scaling, softcap)
+    weights, log_sum = sparse_softmax(logits, sinks)
+    b, g, s, n, c = weights.shape
+    output = (weights.view(b, g, s * n, c) @ value_states.float()).view(b, g, s, n, -1)
+    if state is not None:
+        output = add_low_rank(output, log_sum, query_features, state)
+    return output.flatten(1, 2).to(value_states.dtype), weights

@@ -1,0 +1,104 @@
+"""What a set of kernels says about itself."""
+
+import dataclasses
+import json
+import re
+
+from less_cache.errors import LESSError
+from less_cache.version import __version__
+
+FORMAT_VERSION = 1
+
+
+@dataclasses.dataclass
+class LESSConfig:
+    """Geometry, origin and integrity of a set of kernels; `less_config.json` beside the weights.
+
+    Args:
+        num_hidden_layers: Decoder layers of the base model.
+        num_attention_heads: Query heads per layer.
+        num_key_value_heads: KV heads per layer.
+        head_dim: Dimension of one head.
+        rank: R, rows of the state.
+        hidden_size: Hidden size of φ and ψ.
+        layers: Indices of the layers that have kernels; default: all.
+        model_type: `model_type` of the base model's config.
+        base_model: Name of the base model.
+        base_model_fingerprint: `less_cache.families.fingerprint` of the base model's weights.
+        policy: Policy that the kernels were trained with, in `EvictionPolicy.to_dict`'s form.
+        training: How they were trained: data, steps, command.
+        metrics: Measured figures.
+        sha256: Digest of the weights file, hex.
+        less_cache_version: Version that wrote the files.
+        format_version: Version of the file format.
+    """
+
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rank: int = 8
+    hidden_size: int = 512
+    layers: list[int] | None = None
+    model_type: str | None = None
+    base_model: str | None = None
+    base_model_fingerprint: str | None = None
+    policy: dict | None = None
+    training: dict = dataclasses.field(default_factory=dict)
+    metrics: dict = dataclasses.field(default_factory=dict)
+    sha256: str | None = None
+    less_cache_version: str = __version__
+    format_version: int = FORMAT_VERSION
+
+    def __post_init__(self) -> None:
+        for name in ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "rank", "hidden_size"):
+            size = getattr(self, name)
+            if isinstance(size, bool) or not isinstance(size, int) or not 1 <= size <= 1_000_000:
+                raise LESSError(f"LESSConfig: expected {name} to be an int in 1 … 1,000,000, got {size!r}.")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise LESSError(
+                f"LESSConfig: expected num_attention_heads to be a multiple of num_key_value_heads, "
+                f"got {self.num_attention_heads} and {self.num_key_value_heads}."
+            )
+        if self.layers is None:
+            self.layers = list(range(self.num_hidden_layers))
+        indices = self.layers if isinstance(self.layers, list) else None
+        if indices is None or not all(type(index) is int and 0 <= index < self.num_hidden_layers for index in indices):
+            raise LESSError(f"LESSConfig: expected layers to be indices below {self.num_hidden_layers}, got {self.layers!r}.")
+        if len(set(indices)) != len(indices):
+            raise LESSError(f"LESSConfig: expected each layer once, got {self.layers!r}.")
+        for name in ("training", "metrics"):
+            if not isinstance(getattr(self, name), dict):
+                raise LESSError(f"LESSConfig: expected {name} to be a JSON object, got {getattr(self, name)!r}.")
+        if self.sha256 is not None and not (isinstance(self.sha256, str) and re.fullmatch("[0-9a-f]{64}", self.sha256)):
+            raise LESSError(f"LESSConfig: expected sha256 to be 64 hex digits, got {self.sha256!r}.")
+
+    def to_json(self) -> str:
+        """JSON text, one key a line."""
+        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> "LESSConfig":
+        """Read `to_json`'s form. A key this version does not know is an error: it may change the meaning of the rest."""
+        try:
+            entries = json.loads(text)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise LESSError(f"less_config.json: expected JSON, got an error: {error}") from error
+        if not isinstance(entries, dict):
+            raise LESSError(f"less_config.json: expected a JSON object, got {type(entries).__name__}.")
+        written_by = entries.get("less_cache_version", "an unknown version")
+        if entries.get("format_version", FORMAT_VERSION) != FORMAT_VERSION:
+            raise LESSError(
+                f"less_config.json: expected format_version {FORMAT_VERSION}, got {entries['format_version']!r}, "
+                f"written by less-cache {written_by}. Upgrade: pip install -U less-cache."
+            )
+        unknown = sorted(set(entries) - {field.name for field in dataclasses.fields(cls)})
+        if unknown:
+            raise LESSError(
+                f"less_config.json: unknown keys {unknown} (written by less-cache {written_by}; this is {__version__}). "
+                "Upgrade less-cache, or remove the keys if they were added by hand."
+            )
+        try:
+            return cls(**entries)
+        except TypeError as error:
+            raise LESSError(f"less_config.json: {error}.") from error

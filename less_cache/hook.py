@@ -1,0 +1,93 @@
+"""The link between a cache layer and attention: the only file that touches transformers' dispatch.
+
+`Cache.update` never sees the queries and attention never sees the cache. So `update` returns its keys as a fresh view
+that carries a reference to its layer (`tag`), and the dispatch of attention functions looks for that reference. Keys
+without it, that is every other cache and every forward without a cache, go to the original function untouched.
+
+Installed once, with the first `LESSCache`, not on import.
+"""
+
+import functools
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import AttentionInterface
+from transformers.models.falcon import modeling_falcon
+
+_TAG = "_less_layer"
+_lock = threading.Lock()
+_installed = False
+
+
+def tag(key_states: torch.Tensor, layer: Any) -> torch.Tensor:
+    """A view of `key_states` that leads attention to `layer`."""
+    view = key_states.view_as(key_states)
+    setattr(view, _TAG, layer)
+    return view
+
+
+@functools.cache
+def dispatching(original: Callable) -> Callable:
+    """The attention function `original`, except for keys that a LESS layer has tagged."""
+
+    @functools.wraps(original)
+    def attention(module, query, key, value, attention_mask=None, *args, **kwargs):
+        layer = getattr(key, _TAG, None)
+        if layer is None:
+            return original(module, query, key, value, attention_mask, *args, **kwargs)
+        return layer.attend(original, module, query, key, value, attention_mask, *args, **kwargs)
+
+    return attention
+
+
+def install() -> None:
+    """Wrap `AttentionInterface.get_interface`, and Falcon's forward, which does not use it. Idempotent."""
+    global _installed
+    with _lock:
+        if _installed:
+            return
+        get_interface = AttentionInterface.get_interface
+
+        @functools.wraps(get_interface)
+        def get_dispatching_interface(self, *args, **kwargs):
+            return dispatching(get_interface(self, *args, **kwargs))
+
+        AttentionInterface.get_interface = get_dispatching_interface
+        modeling_falcon.FalconAttention.forward = _falcon_forward(modeling_falcon.FalconAttention.forward)
+        _installed = True
+
+
+def _falcon_forward(original: Callable) -> Callable:
+    """Falcon's attention with the same steps, through `dispatching` where its cache has LESS layers."""
+    sdpa = dispatching(AttentionInterface()["sdpa"])
+
+    @functools.wraps(original)
+    def forward(
+        self, hidden_states, alibi, attention_mask, position_ids=None, layer_past=None, *args, position_embeddings=None, **kwargs
+    ):
+        if layer_past is None or not hasattr(layer_past.layers[self.layer_idx], "attend"):
+            return original(
+                self,
+                hidden_states,
+                alibi,
+                attention_mask,
+                position_ids,
+                layer_past,
+                *args,
+                position_embeddings=position_embeddings,
+                **kwargs,
+            )
+        query_states, key_states, value_states = (
+            states.transpose(1, 2) for states in self._split_heads(self.query_key_value(hidden_states))
+        )  # [b, h or g, n, d]
+        cos, sin = position_embeddings
+        query_states, key_states = modeling_falcon.apply_rotary_pos_emb(query_states, key_states, cos, sin)
+        key_states, value_states = layer_past.update(key_states, value_states, self.layer_idx)
+        output, _ = sdpa(
+            self, query_states, key_states, value_states, attention_mask, scaling=self.inv_norm_factor, is_causal=self.is_causal
+        )  # [b, n, h, d]
+        return self.dense(output.flatten(2)), None
+
+    return forward

@@ -1,0 +1,400 @@
+"""One layer of the cache: slots for the kept tokens, and the low-rank state for all the others.
+
+Axes: `b` batch, `h` query heads, `g` KV heads, `s` = h / g, `n` new tokens, `c` slots or columns, `d` head dim,
+`r` rank, `f` token counts of the policy.
+"""
+
+import copy
+from collections.abc import Callable
+
+import torch
+from transformers.cache_utils import CacheLayerMixin
+
+from less_cache import hook
+from less_cache.attention import attention_logits, less_attention, sparse_softmax
+from less_cache.errors import LESSError
+from less_cache.kernels import LayerKernels
+from less_cache.policies import EvictionPolicy
+from less_cache.state import LowRankState
+
+QUERY_BLOCK = 256  # queries attended at once in a block: memory is O(QUERY_BLOCK · columns)
+SPARE_SLOTS = 64  # a policy without a budget gets this many free slots at a time
+PER_ROW = ("keys", "values", "positions", "scores", "seen", "counts")
+
+# Arguments of an attention function that do not change its result here. `scaling`, `softcap` and `s_aux` are read.
+HARMLESS = {"is_causal", "position_ids", "cache_position", "token_type_ids", "logits_to_keep"}
+
+
+class LESSLayer(CacheLayerMixin):
+    """Keys and values of the tokens that `policy` keeps, and H, z of all evicted ones.
+
+    Slots hold tokens in no order: RoPE is in the keys, so attention does not mind, and a new token goes into the slot
+    that the last victim left. `positions` `[b, g, c]` says which token is where, -1 for an empty slot.
+
+    A step: attend with what is kept and the old state, add the step's weights to the scores, choose the victim, fold
+    it in. A block of several tokens attends causally to itself as well, then there is one selection for all of it.
+    """
+
+    is_sliding = False
+    is_croppable = False
+    is_compileable = False
+    supports_early_init = False
+
+    def __init__(self, policy: EvictionPolicy, kernels: LayerKernels | None, layer_idx: int):
+        super().__init__()
+        self.policy = policy
+        self.kernels = kernels
+        self.layer_idx = layer_idx
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything: the next block is a new prompt."""
+        self.keys: torch.Tensor | None = None  # [b, g, c, d]
+        self.values: torch.Tensor | None = None  # [b, g, c, d]
+        self.positions: torch.Tensor | None = None  # [b, g, c] int32, real tokens of the row before it, -1: empty
+        self.scores: torch.Tensor | None = None  # [b, g, c] float32
+        self.seen: torch.Tensor | None = None  # [b] int64, real tokens
+        self.counts: torch.Tensor | None = None  # [b, f] int64, the policy's token counts
+        self.state: LowRankState | None = None
+        self.cumulative_length = 0
+        self.is_initialized = False
+        self._decoding = False  # a single token has come: the prompt is over, fractions are settled
+        self._awaiting_attention = False
+
+    # What transformers asks
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        b, g, _, _ = key_states.shape
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.seen = torch.zeros(b, dtype=torch.long, device=self.device)
+        if self.kernels is not None:
+            if self.kernels.query_in.device != self.device:
+                self.kernels = copy.deepcopy(self.kernels).to(self.device)
+            self.state = LowRankState.empty(b, g, self.kernels.rank, value_states.shape[-1], self.device)
+        self.is_initialized = True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Announce new keys and values, `[b, g, n, d]`; `attend` takes them in. Returns the new ones alone."""
+        if self._awaiting_attention:
+            raise LESSError(
+                f"Layer {self.layer_idx}: attention never read the last tokens: the model's attention does not go through "
+                "transformers' AttentionInterface, or changes the keys that the cache returns. Use a DynamicCache; "
+                "after an interrupted forward, call cache.reset()."
+            )
+        if key_states.shape[-2] == 0:
+            raise LESSError(
+                f"Layer {self.layer_idx}: expected new tokens, got none: the prompt is shorter than the "
+                f"{self.cumulative_length} tokens that the cache has seen. Pass the whole conversation, or call cache.reset()."
+            )
+        if self.is_initialized and key_states.shape[0] != self.seen.shape[0]:
+            raise LESSError(
+                f"Layer {self.layer_idx}: expected a batch of {self.seen.shape[0]}, as in the turns before, "
+                f"got {key_states.shape[0]}. Call cache.reset() for a new batch, or cache.batch_repeat_interleave()."
+            )
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self._awaiting_attention = True
+        return hook.tag(key_states, self), value_states
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """The mask covers the new tokens alone, at their logical offset."""
+        return query_length, self.cumulative_length
+
+    def get_seq_length(self) -> int:
+        """Tokens seen, padding included, whatever is kept of them."""
+        return self.cumulative_length
+
+    def get_max_length(self) -> int:
+        """No maximum."""
+        return -1
+
+    def offload(self) -> None:
+        self._map_rows(lambda rows: rows.to("cpu", non_blocking=True))
+
+    def prefetch(self) -> None:
+        self._map_rows(lambda rows: rows.to(self.device, non_blocking=True))
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self._map_rows(lambda rows: rows[indices.to(rows.device)])
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._map_rows(lambda rows: rows.repeat_interleave(repeats, dim=0))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove != 0:
+            raise LESSError(f"A LESSCache cannot give back folded tokens: crop({tokens_to_remove}) is not supported.")
+
+    def _map_rows(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Apply `change` to every tensor; all have the batch as their first dimension."""
+        for name in PER_ROW:
+            if (rows := getattr(self, name)) is not None:
+                setattr(self, name, change(rows))
+        if self.state is not None:
+            self.state = LowRankState(change(self.state.values_sum), change(self.state.features_sum))
+
+    # What attention asks
+
+    @torch.no_grad()
+    def attend(
+        self,
+        original: Callable,
+        module: torch.nn.Module,
+        query_states: torch.Tensor,
+        key_states: torch.Tensor,
+        value_states: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        dropout: float = 0.0,
+        scaling: float | None = None,
+        **kwargs,
+    ) -> tuple[torch.Tensor, None]:
+        """Attention output of the new tokens, `[b, n, h, d]`, and None for the weights; takes the tokens in.
+
+        Args:
+            original: The model's own attention function; the first block, which nothing precedes, goes through it.
+            query_states: `[b, h, n, d]`.
+            key_states: What `update` returned, `[b, g, n, d]`.
+            value_states: What `update` returned, `[b, g, n, d]`.
+            attention_mask: Of the new tokens alone, `[b, 1, n, n]` or `[b, n]`, bool or additive.
+        """
+        self._awaiting_attention = False
+        self._check_call(module, dropout, kwargs)
+        n = query_states.shape[2]
+        real = self._real_tokens(attention_mask, n)
+        scaling = query_states.shape[-1] ** -0.5 if scaling is None else scaling
+        softcap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
+        output = None
+        if self.keys is None:
+            output, _ = original(
+                module, query_states, key_states, value_states, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+            )
+        if real is not None:  # what a model computes at padding may be NaN
+            key_states = key_states.masked_fill(~real[:, None, :, None], 0)
+            value_states = value_states.masked_fill(~real[:, None, :, None], 0)
+        attended: torch.Tensor | None
+        if n == 1 and self.keys is not None:
+            attended = self._step(query_states, key_states, value_states, real, scaling, softcap, sinks)
+        else:
+            attended = self._block(query_states, key_states, value_states, attention_mask, real, scaling, softcap, sinks)
+        self.cumulative_length += n
+        return (attended.transpose(1, 2).contiguous() if output is None else output), None
+
+    def _check_call(self, module: torch.nn.Module, dropout: float, kwargs: dict) -> None:
+        where = f"Layer {self.layer_idx} ({type(module).__name__})"
+        if module.training:
+            raise LESSError(f"{where}: the model is in training mode. A LESSCache is for inference: call model.eval().")
+        if dropout:
+            raise LESSError(f"{where}: expected no attention dropout, got {dropout}.")
+        if kwargs.get("sliding_window") is not None:
+            raise LESSError(f"{where}: expected full attention, got sliding_window={kwargs['sliding_window']}. Use a DynamicCache.")
+        for name, argument in kwargs.items():
+            if isinstance(argument, torch.Tensor) and name not in HARMLESS and name != "s_aux":
+                raise LESSError(f"{where}: attention argument {name!r} is not supported with a LESSCache.")
+
+    def _real_tokens(self, attention_mask: torch.Tensor | None, n: int) -> torch.Tensor | None:
+        """Which new tokens are not padding, `[b, n]`, read off the last query's row; None: all."""
+        if attention_mask is None:
+            return None
+        if not isinstance(attention_mask, torch.Tensor) or attention_mask.dim() not in (2, 4):
+            raise LESSError(
+                f"Layer {self.layer_idx}: expected a mask tensor of 2 or 4 dimensions, got {type(attention_mask).__name__}. "
+                'Load the model with attn_implementation="sdpa" or "eager".'
+            )
+        last = attention_mask[:, -n:] if attention_mask.dim() == 2 else attention_mask[:, 0, -1, -n:]
+        real = last.expand(self.seen.shape[0], n)
+        real = real if real.dtype == torch.bool else _additive_to_bool(real)
+        if self.cumulative_length > 0 and not real.any():
+            raise LESSError(
+                f"Layer {self.layer_idx}: the attention mask covers none of the {n} new tokens: the prompt or its mask is "
+                f"shorter than the {self.cumulative_length} tokens that the cache has seen. Pass the whole conversation "
+                "with its mask, or call cache.reset() for a new one."
+            )
+        return real
+
+    def _step(
+        self,
+        query_states: torch.Tensor,
+        key_states: torch.Tensor,
+        value_states: torch.Tensor,
+        real: torch.Tensor | None,
+        scaling: float,
+        softcap: float | None,
+        sinks: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """One token: O(slots) work, in place. Returns `[b, h, 1, d]`."""
+        self._decoding = True
+        b, g, _, d = key_states.shape
+        slot = (self.positions < 0).int().argmax(dim=-1, keepdim=True)  # [b, g, 1], the first empty one
+        arrival = self.seen.int().view(b, 1, 1).expand(b, g, 1)
+        self.positions.scatter_(-1, slot, arrival)
+        self.scores.scatter_(-1, slot, self.policy.arrival(arrival))
+        self.keys.scatter_(2, slot.unsqueeze(-1).expand(b, g, 1, d), key_states)
+        self.values.scatter_(2, slot.unsqueeze(-1).expand(b, g, 1, value_states.shape[-1]), value_states)
+
+        output, weights = less_attention(
+            query_states,
+            self.keys,
+            self.values,
+            (self.positions >= 0).unsqueeze(2),
+            scaling,
+            softcap,
+            sinks,
+            self.kernels.query_features(query_states) if self.kernels is not None else None,
+            self.state,
+        )
+        query_positions = self.seen.unsqueeze(-1)  # [b, 1]
+        if real is None:
+            self.seen = self.seen + 1
+        else:  # padding leaves no trace
+            weights = weights * real[:, None, None, :, None]
+            query_positions = query_positions.masked_fill(~real, -1)
+            self.positions.scatter_(-1, slot, arrival.masked_fill(~real.unsqueeze(-1), -1))
+            self.seen = self.seen + real.squeeze(-1)
+        if self.policy.observed(self._counts(), 1):
+            self.scores = self.policy.observe(self.scores, weights, query_positions)
+        self._evict()
+        return output
+
+    def _evict(self) -> None:
+        """Bring every head back to its capacity after a step, and fold in what leaves."""
+        counts, seen = self._counts(), self.seen.view(-1, 1, 1)
+        capacity = self.policy.capacity(counts)
+        if capacity is not None:  # at most one token a head is over
+            victim = self.policy.victim(self.scores, self.positions, seen, counts)  # [b, g, 1]
+            leaves = (self.positions >= 0).sum(dim=-1, keepdim=True) > capacity
+            self._fold_in(victim, leaves)
+            self.positions.scatter_(-1, victim, self.positions.gather(-1, victim).masked_fill(leaves, -1))
+            return
+        leaves = (self.positions >= 0) & ~self.policy.keep(self.scores, self.positions, seen, counts)  # [b, g, c]
+        if most := int(leaves.sum(dim=-1).max()):
+            victims = leaves.int().argsort(dim=-1, descending=True, stable=True)[..., :most]
+            self._fold_in(victims, leaves.gather(-1, victims))
+            self.positions.masked_fill_(leaves, -1)
+        held = int((self.positions >= 0).sum(dim=-1).max())
+        slots = self.positions.shape[-1]
+        if held == slots or slots > 2 * (held + SPARE_SLOTS):  # no slot for the next token, or mostly empty
+            self._store(self.keys, self.values, self.positions, self.scores, held + SPARE_SLOTS)
+
+    def _fold_in(self, slots: torch.Tensor, leaves: torch.Tensor) -> None:
+        """Add the pairs in `slots` `[b, g, m]` to the state where `leaves` `[b, g, m]`."""
+        if self.state is None:
+            return
+        index = slots.unsqueeze(-1)
+        keys = self.keys.gather(2, index.expand(*slots.shape, self.keys.shape[-1]))
+        values = self.values.gather(2, index.expand(*slots.shape, self.values.shape[-1]))
+        self.state.fold_in(self.kernels.key_features(keys) * leaves.unsqueeze(-1), values)
+
+    def _block(
+        self,
+        query_states: torch.Tensor,
+        key_states: torch.Tensor,
+        value_states: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        real: torch.Tensor | None,
+        scaling: float,
+        softcap: float | None,
+        sinks: torch.Tensor | None,
+    ) -> torch.Tensor | None:
+        """Several tokens: causal attention to the kept, the state and themselves, then one selection.
+
+        Returns `[b, h, n, d]`, or None for the first block, whose output the model's own attention gives.
+        """
+        b, g, n, _ = key_states.shape
+        is_first = self.keys is None
+        if real is None:
+            real = torch.ones(b, n, dtype=torch.bool, device=key_states.device)
+        # [b, n]: the new tokens count on from the row's last real one
+        new_positions = (self.seen.unsqueeze(-1) + real.cumsum(-1) - 1).masked_fill(~real, -1).int()
+        seen = self.seen + real.sum(-1)
+        if not self._decoding:
+            self.counts = self.policy.resolve(seen)
+        counts = self._counts()
+
+        positions = new_positions.unsqueeze(1).expand(b, g, n)
+        keys, values, scores = key_states, value_states, self.policy.arrival(positions)
+        if not is_first:
+            keys = torch.cat([self.keys, keys], dim=2)
+            values = torch.cat([self.values, values], dim=2)
+            scores = torch.cat([self.scores, scores], dim=-1)
+            positions = torch.cat([self.positions, positions], dim=-1)
+
+        observed = self.policy.observed(counts, n)
+        outputs = []
+        for start in range(n - observed if is_first else 0, n, QUERY_BLOCK):
+            rows = slice(start, min(start + QUERY_BLOCK, n))
+            visible = self._visible(attention_mask, real, rows, n, g)  # [b, g, rows, c]
+            queries = query_states[:, :, rows]
+            if is_first:
+                weights, _ = sparse_softmax(attention_logits(queries, keys, visible, scaling, softcap), sinks)
+            else:
+                features = self.kernels.query_features(queries) if self.kernels is not None else None
+                output, weights = less_attention(queries, keys, values, visible, scaling, softcap, sinks, features, self.state)
+                outputs.append(output)
+            late = max(n - observed - start, 0)  # rows of this block that the policy does not ask for
+            if late < queries.shape[2]:
+                weights = weights[:, :, :, late:] * real[:, None, None, rows, None][:, :, :, late:]
+                scores = self.policy.observe(scores, weights, new_positions[:, rows][:, late:])
+
+        self.seen = seen
+        keep = self.policy.keep(scores, positions, seen.view(b, 1, 1), counts)
+        if self.state is not None:
+            leaves = (positions >= 0) & ~keep
+            self.state.fold_in(self.kernels.key_features(keys) * leaves.unsqueeze(-1), values)
+        capacity = self.policy.capacity(counts)
+        held = int(keep.sum(dim=-1).max())
+        slots = held + SPARE_SLOTS if capacity is None else int(capacity.max()) + 1
+        self._store(keys, values, positions.masked_fill(~keep, -1), scores, slots)
+        return None if is_first else torch.cat(outputs, dim=2)
+
+    def _visible(
+        self, attention_mask: torch.Tensor | None, real: torch.Tensor, rows: slice, n: int, g: int
+    ) -> torch.Tensor:
+        """Which columns (slots, then new tokens) the queries `rows` see, `[b, g, rows, c]`; each sees itself."""
+        b = real.shape[0]
+        new = torch.arange(n, device=real.device)
+        if attention_mask is None or attention_mask.dim() == 2:
+            visible = (new <= new[rows, None]) & real[:, None, None, :]  # [b, 1, rows, n]
+        else:
+            if attention_mask.shape[1] != 1:
+                raise LESSError(
+                    f"Layer {self.layer_idx}: expected one mask for all heads, got shape {list(attention_mask.shape)}."
+                )
+            visible = attention_mask[:, :, -n:, -n:][:, :, rows]
+            visible = visible if visible.dtype == torch.bool else _additive_to_bool(visible)
+        visible = (visible | (new == new[rows, None])).expand(b, g, -1, n)
+        if self.positions is None:
+            return visible
+        kept = (self.positions >= 0).unsqueeze(2).expand(-1, -1, visible.shape[2], -1)
+        return torch.cat([kept, visible], dim=-1)
+
+    def _store(
+        self, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor, scores: torch.Tensor, slots: int
+    ) -> None:
+        """Copy the columns of `positions >= 0` into fresh buffers of `slots` slots; nothing else stays referenced."""
+        b, g, c = positions.shape
+        held = min(c, slots)
+        order = (positions < 0).int().argsort(dim=-1, stable=True)[..., :held]  # [b, g, held], held ones first
+
+        def compact(columns: torch.Tensor, fill: int) -> torch.Tensor:
+            buffer = columns.new_full((b, g, slots, *columns.shape[3:]), fill)
+            index = order.view(b, g, held, *[1] * (columns.dim() - 3)).expand(b, g, held, *columns.shape[3:])
+            buffer[:, :, :held] = columns.gather(2, index)
+            return buffer
+
+        self.keys, self.values = compact(keys, 0), compact(values, 0)
+        self.positions, self.scores = compact(positions, -1), compact(scores, 0)
+
+    def _counts(self) -> torch.Tensor:
+        """The policy's token counts in the form that its methods take, `[f, b, 1, 1]`."""
+        return self.counts.T[:, :, None, None]
+
+
+def _additive_to_bool(mask: torch.Tensor) -> torch.Tensor:
+    """True where an additive mask lets a column be seen, or a 0/1 mask says it is real."""
+    if not mask.dtype.is_floating_point:
+        return mask.bool()
+    return mask > torch.finfo(mask.dtype).min / 2

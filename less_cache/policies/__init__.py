@@ -1,0 +1,28 @@
+"""Eviction policies: a new one is one file here and one line in `POLICIES`."""
+
+from less_cache.errors import LESSError
+from less_cache.policies.base import EvictionPolicy
+from less_cache.policies.corm import CORM
+from less_cache.policies.h2o import H2O
+from less_cache.policies.sink_recent import SinkRecent
+
+POLICIES: dict[str, type[EvictionPolicy]] = {
+    "h2o": H2O,
+    "sink_recent": SinkRecent,
+    "corm": CORM,
+}
+
+
+def policy_from_dict(description: dict) -> EvictionPolicy:
+    """The policy of `EvictionPolicy.to_dict`'s form, such as `{"name": "h2o", "heavy": 64, "recent": 64}`."""
+    counts = dict(description)
+    name = counts.pop("name", None)
+    if name not in POLICIES:
+        raise LESSError(f"Expected a policy name out of {sorted(POLICIES)}, got {name!r}.")
+    try:
+        return POLICIES[name](**counts)
+    except TypeError as error:
+        raise LESSError(f"Policy {name!r} does not take {counts}: {error}.") from error
+
+
+__all__ = ["CORM", "H2O", "POLICIES", "EvictionPolicy", "SinkRecent", "policy_from_dict"]

@@ -1,0 +1,124 @@
+"""What every eviction policy has in common: which tokens a KV head keeps.
+
+Axes: `b` batch, `g` KV heads, `s` query heads per KV head, `n` queries, `c` cache columns, `f` token counts
+(the policy's dataclass fields).
+"""
+
+import abc
+import dataclasses
+from typing import ClassVar
+
+import torch
+
+from less_cache.errors import LESSError
+
+
+@dataclasses.dataclass(frozen=True)
+class EvictionPolicy(abc.ABC):
+    """Chooses which tokens each KV head keeps. Stateless: all per-sequence state is passed in and handed back.
+
+    A policy is a frozen dataclass whose fields are token counts. Each is an `int` (tokens) or a `float` in (0, 1)
+    (a fraction of the prompt, resolved at prefill, rounded, at least 1 token).
+
+    The cache calls, for every block of new tokens, `arrival` (first scores of the new columns), `observe` (the
+    block's attention weights), then `keep` (or `victim`, its fast form for one step). A column that holds nothing
+    has position -1 and is never kept; positions count the real tokens of a row from 0, padding left out.
+    """
+
+    name: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            check_count(type(self).__name__, field.name, getattr(self, field.name), field.metadata.get("least", 1))
+
+    @classmethod
+    @abc.abstractmethod
+    def from_budget(cls, budget: int | float) -> "EvictionPolicy":
+        """The policy that spends a total `budget` (tokens, or a fraction of the prompt) in its usual proportions."""
+
+    @abc.abstractmethod
+    def capacity(self, counts: torch.Tensor) -> torch.Tensor | None:
+        """Most tokens a KV head keeps, `[b, 1, 1]`; `None` for a policy without a budget. `counts`: `[f, b, 1, 1]`."""
+
+    @abc.abstractmethod
+    def observed(self, counts: torch.Tensor, num_queries: int) -> int:
+        """How many of a block's last queries `observe` must see: 0 for a policy that needs no attention weights."""
+
+    @abc.abstractmethod
+    def protected(self, positions: torch.Tensor, seen: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+        """Columns that must stay whatever their score, `[b, g, c]`. `positions`: `[b, g, c]`, `seen`: `[b, 1, 1]`."""
+
+    def arrival(self, positions: torch.Tensor) -> torch.Tensor:
+        """Scores of columns that have just come in, float32, same shape as `positions`."""
+        return torch.zeros_like(positions, dtype=torch.float32)
+
+    def observe(self, scores: torch.Tensor, weights: torch.Tensor, query_positions: torch.Tensor) -> torch.Tensor:
+        """Scores after the queries at `query_positions` `[b, n]` (-1: padding, its weights are 0) have attended.
+
+        `scores`: `[b, g, c]`; `weights`: `[b, g, s, n, c]`, the softmax over the kept tokens alone.
+        """
+        return scores
+
+    def keep(
+        self, scores: torch.Tensor, positions: torch.Tensor, seen: torch.Tensor, counts: torch.Tensor
+    ) -> torch.Tensor:
+        """Columns that stay, `[b, g, c]`: the protected, then the highest scores up to capacity (ties: the newest)."""
+        capacity = self.capacity(counts)
+        assert capacity is not None, "a policy without a budget overrides keep"
+        alive = positions >= 0
+        protected = alive & self.protected(positions, seen, counts)
+        # Two stable sorts order the columns by (protected or score, position), best first.
+        ranked_scores = scores.masked_fill(protected, torch.inf).masked_fill(~alive, -torch.inf)
+        newest_first = positions.argsort(dim=-1, descending=True, stable=True)
+        best_first = ranked_scores.gather(-1, newest_first).argsort(dim=-1, descending=True, stable=True)
+        order = newest_first.gather(-1, best_first)
+        rank = torch.empty_like(order).scatter_(-1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order))
+        return protected | (alive & (rank < capacity))
+
+    def victim(
+        self, scores: torch.Tensor, positions: torch.Tensor, seen: torch.Tensor, counts: torch.Tensor
+    ) -> torch.Tensor:
+        """The column that `keep` drops first, `[b, g, 1]`, for a head that is one token over its capacity."""
+        candidate = (positions >= 0) & ~self.protected(positions, seen, counts)
+        candidate_scores = scores.masked_fill(~candidate, torch.inf)
+        lowest = candidate & (candidate_scores == candidate_scores.amin(dim=-1, keepdim=True))
+        never = torch.iinfo(positions.dtype).max
+        return positions.masked_fill(~lowest, never).argmin(dim=-1, keepdim=True)
+
+    def resolve(self, prompt_length: torch.Tensor) -> torch.Tensor:
+        """Token counts of each row, `[b, f]` int64, for prompts of `prompt_length` `[b]` real tokens."""
+        columns = []
+        for field in dataclasses.fields(self):
+            count = getattr(self, field.name)
+            if isinstance(count, float):
+                columns.append((prompt_length * count).round().clamp_min(1).long())
+            else:
+                columns.append(torch.full_like(prompt_length, count, dtype=torch.long))
+        return torch.stack(columns, dim=-1)
+
+    @property
+    def is_fractional(self) -> bool:
+        """Whether a count is a fraction of the prompt."""
+        return any(isinstance(getattr(self, field.name), float) for field in dataclasses.fields(self))
+
+    def to_dict(self) -> dict[str, str | int | float]:
+        """JSON form, read back by `less_cache.policies.policy_from_dict`."""
+        return {"name": self.name, **dataclasses.asdict(self)}
+
+
+def check_count(owner: str, field: str, count: int | float, least: int = 1) -> None:
+    """Raise unless `count` is an int of at least `least` tokens or a float in (0, 1)."""
+    expected = f"{owner}: expected {field} to be an int >= {least} (tokens) or a float in (0, 1) (fraction of the prompt)"
+    if isinstance(count, bool) or not isinstance(count, int | float):
+        raise LESSError(f"{expected}, got {count!r} of type {type(count).__name__}.")
+    if isinstance(count, int) and count < least:
+        raise LESSError(f"{expected}, got {count}.")
+    if isinstance(count, float) and not 0 < count < 1:
+        raise LESSError(f"{expected}, got {count}. For a token count pass an int.")
+
+
+def halve(budget: int | float) -> tuple[int | float, int | float]:
+    """Two equal parts of a total budget; an odd token goes to the first."""
+    if isinstance(budget, int):
+        return budget - budget // 2, budget // 2
+    return budget / 2, budget / 2

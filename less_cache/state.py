@@ -1,0 +1,42 @@
+"""The low-rank state that evicted tokens are folded into.
+
+Axes: `b` batch, `g` KV heads, `m` tokens folded at once, `d` head dim, `r` rank.
+"""
+
+import dataclasses
+
+import torch
+
+
+@dataclasses.dataclass
+class LowRankState:
+    """The recurrent state of LESS, float32: two sums over every evicted pair (k, v).
+
+        H = Σ ψ(k)ᵀ v   `values_sum`    [b, g, r, d]
+        z = Σ ψ(k)ᵀ     `features_sum`  [b, g, r]
+
+    Row r of the state acts as one *virtual token* whose value is H_r / z_r (a convex combination of evicted values)
+    and whose logit is log φ_r(q) + log z_r.
+
+    Source: Dong et al., "Get More with LESS", ICML 2024 (arXiv 2402.09398), equations 4 to 6.
+    """
+
+    values_sum: torch.Tensor
+    features_sum: torch.Tensor
+
+    @classmethod
+    def empty(cls, batch: int, num_key_value_heads: int, rank: int, head_dim: int, device: torch.device) -> "LowRankState":
+        """The state before anything was evicted."""
+        return cls(
+            values_sum=torch.zeros(batch, num_key_value_heads, rank, head_dim, device=device),
+            features_sum=torch.zeros(batch, num_key_value_heads, rank, device=device),
+        )
+
+    def fold_in(self, key_features: torch.Tensor, values: torch.Tensor) -> None:
+        """Add evicted pairs in place. `key_features`: ψ(k), `[b, g, m, r]`, 0 where nothing is evicted; `values`: `[b, g, m, d]`."""
+        self.values_sum += key_features.transpose(-1, -2) @ values.float()
+        self.features_sum += key_features.sum(dim=-2)
+
+    def virtual_values(self) -> torch.Tensor:
+        """H_r / z_r, `[b, g, r, d]`; 0 where z_r is 0."""
+        return self.values_sum / self.features_sum.unsqueeze(-1).clamp_min(torch.finfo(torch.float32).tiny)
