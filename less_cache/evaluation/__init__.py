@@ -1,0 +1,1 @@
+"""Quality of policies and kernels, measured through the real cache."""

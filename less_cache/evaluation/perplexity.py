@@ -1,0 +1,134 @@
+"""Perplexity of fixed text, decoded token by token through the real cache.
+
+Axes: `b` sequences at once, `p` prompt tokens, `n` decoded tokens.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch.nn.functional import cross_entropy
+from transformers import Cache, DynamicCache, PreTrainedModel
+
+from less_cache.cache import LESSCache
+from less_cache.errors import LESSError
+from less_cache.kernels import LESSKernels
+from less_cache.policies import EvictionPolicy, policy_from_dict
+
+
+@dataclasses.dataclass(frozen=True)
+class Measurement:
+    """One cache on one text.
+
+    Args:
+        cache: `full`, `policy`, `baseline+` (the policy with the state's bytes as more tokens) or `less`.
+        policy: The policy's JSON form; None for the full cache.
+        perplexity: exp of the mean negative log-likelihood of the decoded tokens, nats.
+        bytes: Held by the cache after the last token, mean over sequences.
+        gap_recovered: (policy − this) / (policy − full), in perplexity; None where it says nothing.
+    """
+
+    cache: str
+    policy: dict | None
+    perplexity: float
+    bytes: float
+    gap_recovered: float | None = None
+
+
+def stretches(texts: Sequence[Path], tokenizer, count: int, length: int) -> torch.Tensor:
+    """`count` evenly spaced stretches of `length` tokens from text files, `[count, length]`; files share equally."""
+    rows = []
+    for index, path in enumerate(texts):
+        tokens = torch.tensor(tokenizer(path.read_text(encoding="utf-8"), add_special_tokens=False, verbose=False)["input_ids"])
+        share = count // len(texts) + (index < count % len(texts))
+        if len(tokens) < length * share:
+            raise LESSError(f"{path}: expected {share} stretches of {length} tokens, got {len(tokens)} tokens.")
+        starts = torch.linspace(0, len(tokens) - length, share).long() if share > 1 else [0]
+        rows += [tokens[start : start + length] for start in starts]
+    return torch.stack(rows)
+
+
+def measure(
+    model: PreTrainedModel,
+    tokens: torch.Tensor,
+    policy: EvictionPolicy,
+    kernels: LESSKernels | None,
+    prompt_length: int,
+    batch_size: int = 8,
+    advance: Callable[[str], None] = lambda cache: None,
+) -> list[Measurement]:
+    """Full cache, policy alone, baseline+ and LESS on `tokens` `[count, p + n]`: one run, same text.
+
+    `advance` is called after each batch of each cache.
+    """
+
+    def run(name: str, make: Callable[[], Cache]) -> tuple[float, float]:
+        return _perplexity(model, tokens, make, prompt_length, batch_size, lambda: advance(name))
+
+    full, full_bytes = run("full", lambda: DynamicCache(config=model.config))
+    sparse, sparse_bytes = run("policy", lambda: LESSCache(model.config, policy=policy))
+    rows = [
+        Measurement("full", None, full, full_bytes),
+        Measurement("policy", policy.to_dict(), sparse, sparse_bytes),
+    ]
+    if kernels is None:
+        return rows
+    larger = with_state_bytes(policy, kernels, model.dtype.itemsize)
+    for name, make in (
+        ("baseline+", lambda: LESSCache(model.config, policy=larger)),
+        ("less", lambda: LESSCache(model.config, policy=policy, kernels=kernels)),
+    ):
+        perplexity, held = run(name, make)
+        used = larger if name == "baseline+" else policy
+        rows.append(Measurement(name, used.to_dict(), perplexity, held, (sparse - perplexity) / (sparse - full)))
+    return rows
+
+
+def with_state_bytes(policy: EvictionPolicy, kernels: LESSKernels, itemsize: int) -> EvictionPolicy:
+    """The policy with as many more tokens as the low-rank state's bytes would hold, rounded up.
+
+    The state takes 4 (R·d + R) bytes a KV head, a token 2·d·itemsize. The first count of the policy grows.
+    """
+    config = kernels.config
+    tokens = math.ceil(4 * config.rank * (config.head_dim + 1) / (2 * config.head_dim * itemsize))
+    description = policy.to_dict()
+    first = next(name for name in description if name != "name")
+    if policy.is_fractional:
+        raise LESSError(f"Expected token counts, got fractions: {policy}.")
+    return policy_from_dict({**description, first: description[first] + tokens})
+
+
+def _perplexity(
+    model: PreTrainedModel,
+    tokens: torch.Tensor,
+    make: Callable[[], Cache],
+    prompt_length: int,
+    batch_size: int,
+    advance: Callable[[], None],
+) -> tuple[float, float]:
+    """Perplexity of the tokens after the prompt, and the cache's bytes a sequence."""
+    loss, held = 0.0, 0
+    with torch.no_grad():
+        for batch in tokens.to(model.device).split(batch_size):
+            cache = make()
+            for logits, target in zip(_steps(model, batch, cache, prompt_length), batch[:, prompt_length:].T, strict=True):
+                loss += cross_entropy(logits.float(), target, reduction="sum").item()
+            held += _bytes(cache)
+            advance()
+    count = tokens.shape[0] * (tokens.shape[1] - prompt_length)
+    return math.exp(loss / count), held / tokens.shape[0]
+
+
+def _steps(model: PreTrainedModel, batch: torch.Tensor, cache: Cache, prompt_length: int) -> Iterator[torch.Tensor]:
+    """Logits `[b, vocab]` for each token after the prompt, `batch` `[b, p + n]`."""
+    yield model(batch[:, :prompt_length], past_key_values=cache, logits_to_keep=1).logits[:, -1]
+    for position in range(prompt_length, batch.shape[1] - 1):
+        yield model(batch[:, position : position + 1], past_key_values=cache).logits[:, -1]
+
+
+def _bytes(cache: Cache) -> int:
+    if isinstance(cache, LESSCache):
+        return cache.memory_footprint().total
+    return sum(tensor.numel() * tensor.element_size() for layer in cache.layers for tensor in (layer.keys, layer.values))
