@@ -86,6 +86,6 @@ def less_attention(
     weights, log_sum = sparse_softmax(logits, sinks)
     b, g, s, n, c = weights.shape
     output = (weights.view(b, g, s * n, c) @ value_states.float()).view(b, g, s, n, -1)
-    if state is not None:
+    if state is not None and query_features is not None:
         output = add_low_rank(output, log_sum, query_features, state)
     return output.flatten(1, 2).to(value_states.dtype), weights

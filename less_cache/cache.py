@@ -67,9 +67,8 @@ class LESSCache(Cache):
 
     >>> from transformers import LlamaConfig, LlamaForCausalLM
     >>> from less_cache import H2O
-    >>> config = LlamaConfig(
-    ...     hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=99
-    ... )
+    >>> heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    >>> config = LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, vocab_size=99, **heads)
     >>> model = LlamaForCausalLM(config).eval()
     >>> cache = LESSCache(model, policy=H2O(heavy=4, recent=4))
     >>> model.generate(torch.arange(40)[None], past_key_values=cache, max_new_tokens=10, do_sample=False).shape
@@ -131,19 +130,16 @@ class LESSCache(Cache):
         """Bytes held now, and what a full cache would take for as many tokens."""
         keys_values = low_rank_state = bookkeeping = full_cache = 0
         for layer in self.layers:
-            if not layer.is_initialized:
-                continue
+            keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
+            keys_values += _bytes(keys, values)
             if not isinstance(layer, LESSLayer):
-                held = _bytes(getattr(layer, "keys", None), getattr(layer, "values", None))
-                keys_values += held
-                full_cache += held
+                full_cache += _bytes(keys, values)
                 continue
-            keys_values += _bytes(layer.keys, layer.values)
             bookkeeping += _bytes(layer.positions, layer.scores, layer.seen, layer.counts)
             if layer.state is not None:
                 low_rank_state += _bytes(layer.state.values_sum, layer.state.features_sum)
-            if layer.keys is not None:
-                full_cache += _bytes(layer.keys[:, :, :1], layer.values[:, :, :1]) * layer.cumulative_length
+            if keys is not None and values is not None:
+                full_cache += _bytes(keys[:, :, :1], values[:, :, :1]) * layer.cumulative_length
         return MemoryFootprint(keys_values, low_rank_state, bookkeeping, full_cache)
 
 
@@ -168,14 +164,14 @@ def check_kernels(
     model_type = config.get_text_config(decoder=True).model_type
     if described.model_type is not None and described.model_type != model_type:
         raise LESSError(f"The kernels are for another architecture: expected {model_type!r}, got {described.model_type!r}.")
-    if described.base_model_fingerprint is not None and model is not None:
-        if (actual := fingerprint(model)) != described.base_model_fingerprint:
-            raise LESSError(
-                f"The kernels are for another base model: they were trained for {described.base_model!r} "
-                f"(fingerprint {described.base_model_fingerprint[:12]}…), the model's fingerprint is {actual[:12]}…. "
-                "If it is a derivative on purpose, set kernels.config.base_model_fingerprint = None."
-            )
+    wanted = described.base_model_fingerprint
+    if wanted is not None and model is not None and (actual := fingerprint(model)) != wanted:
+        raise LESSError(
+            f"The kernels are for another base model: they were trained for {described.base_model!r} "
+            f"(fingerprint {wanted[:12]}…), the model's fingerprint is {actual[:12]}…. "
+            "If it is a derivative on purpose, set kernels.config.base_model_fingerprint = None."
+        )
 
 
 def _bytes(*tensors: torch.Tensor | None) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
+    return sum(tensor.nbytes for tensor in tensors if tensor is not None)

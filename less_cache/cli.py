@@ -36,36 +36,38 @@ def print_version(wanted: bool) -> None:
 
 @app.callback()
 def main(
-    version: Annotated[bool, typer.Option("--version", callback=print_version, is_eager=True, help="Print the version.")] = False,
+    version: Annotated[bool, typer.Option("--version", callback=print_version, is_eager=True, help="Print it.")] = False,
 ) -> None:
     """A sparse KV cache that keeps what it evicts in a small learned state."""
 
 
 def parse_budget(text: str) -> int | float:
-    """`"128"` is a number of tokens, `"0.05"` a fraction of the prompt."""
+    """`"128"` is a number of tokens, `"0.05"` a fraction of the prompt. The policy checks the range."""
     try:
-        budget: int | float = float(text) if "." in text else int(text)
+        return int(text)
     except ValueError:
-        budget = 0
-    if not (budget >= 1 if isinstance(budget, int) else 0 < budget < 1):
-        raise typer.BadParameter(f"expected a number of tokens such as 128, or a fraction of the prompt such as 0.05, got {text!r}")
-    return budget
+        pass
+    try:
+        return float(text)
+    except ValueError:
+        raise typer.BadParameter(f"expected tokens such as 128, or a fraction such as 0.05, got {text!r}") from None
 
 
 @app.command()
 def demo(
-    model: Annotated[str, typer.Option(help="Folder, .gguf file or Hub id.")] = DEFAULT_MODEL,
+    model: Annotated[str, typer.Option(metavar="NAME", help="Folder, .gguf file or Hub id.")] = DEFAULT_MODEL,
     kernels: Annotated[
-        str | None, typer.Option(help="Folder or Hub id; 'none' for none. Default: those in hub/ for this model.", show_default=False)
+        str | None, typer.Option(metavar="NAME", help="Folder or Hub id, or 'none'. Default: this model's folder in hub/.")
     ] = None,
-    policy: Annotated[str, typer.Option(help="Which tokens stay: h2o, sink_recent or corm.")] = "h2o",
+    policy: Annotated[str, typer.Option(metavar="NAME", help="Which tokens stay: h2o, sink_recent or corm.")] = "h2o",
     budget: Annotated[
-        Any, typer.Option(parser=parse_budget, metavar="TOKENS", help="Tokens that stay per KV head, or a fraction of the prompt.")
+        Any,
+        typer.Option(parser=parse_budget, metavar="SIZE", help="Tokens that stay per KV head, or a share of the prompt."),
     ] = "0.05",
     prompt_file: Annotated[
-        Path | None, typer.Option(help="UTF-8 text; its end is held out to score. Default: a chapter of a novel.", show_default=False)
+        Path | None, typer.Option(metavar="FILE", help="UTF-8 text; its end is held out. Default: a chapter of a novel.")
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write under each cache.")] = 48,
+    max_new_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Tokens to write under each cache.")] = 48,
 ) -> None:
     """Continue a long text under the full cache, a sparse policy and LESS, and compare them."""
     from less_cache.demo import run

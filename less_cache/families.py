@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
@@ -64,7 +65,8 @@ def check_supported(config: PreTrainedConfig, model: PreTrainedModel | None = No
         return
     if type(config) not in AutoModelForCausalLM._model_mapping:
         return  # custom code: the next update tells whether its attention reaches the cache
-    model_class = type(model) if isinstance(model, PreTrainedModel) else AutoModelForCausalLM._model_mapping[type(config)]
+    mapped: Any = AutoModelForCausalLM._model_mapping[type(config)]
+    model_class = type(model) if isinstance(model, PreTrainedModel) else mapped
     if not model_class._can_set_attn_implementation():
         raise LESSError(
             f"LESSCache cannot work with {model_type!r}: its attention does not go through transformers' "

@@ -54,8 +54,9 @@ def install() -> None:
         def get_dispatching_interface(self, *args, **kwargs):
             return dispatching(get_interface(self, *args, **kwargs))
 
-        AttentionInterface.get_interface = get_dispatching_interface
-        modeling_falcon.FalconAttention.forward = _falcon_forward(modeling_falcon.FalconAttention.forward)
+        AttentionInterface.get_interface = get_dispatching_interface  # type: ignore[method-assign]
+        falcon = modeling_falcon.FalconAttention
+        falcon.forward = _falcon_forward(falcon.forward)  # type: ignore[method-assign]
         _installed = True
 
 
@@ -65,7 +66,15 @@ def _falcon_forward(original: Callable) -> Callable:
 
     @functools.wraps(original)
     def forward(
-        self, hidden_states, alibi, attention_mask, position_ids=None, layer_past=None, *args, position_embeddings=None, **kwargs
+        self,
+        hidden_states,
+        alibi,
+        attention_mask,
+        position_ids=None,
+        layer_past=None,
+        *args,
+        position_embeddings=None,
+        **kwargs,
     ):
         if layer_past is None or not hasattr(layer_past.layers[self.layer_idx], "attend"):
             return original(

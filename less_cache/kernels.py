@@ -31,6 +31,14 @@ class LayerKernels(nn.Module):
     Source: Dong et al., "Get More with LESS", ICML 2024 (arXiv 2402.09398), section 4.
     """
 
+    query_in: nn.Parameter
+    query_out: nn.Parameter
+    key_in: nn.Parameter
+    key_out: nn.Parameter
+    key_mix: nn.Parameter
+    key_scale: nn.Parameter
+    mix_scale: nn.Parameter
+
     def __init__(self, num_attention_heads: int, num_key_value_heads: int, head_dim: int, hidden_size: int, rank: int):
         super().__init__()
         h, g, d, m, r = num_attention_heads, num_key_value_heads, head_dim, hidden_size, rank

@@ -190,7 +190,7 @@ class LESSLayer(CacheLayerMixin):
         if dropout:
             raise LESSError(f"{where}: expected no attention dropout, got {dropout}.")
         if kwargs.get("sliding_window") is not None:
-            raise LESSError(f"{where}: expected full attention, got sliding_window={kwargs['sliding_window']}. Use a DynamicCache.")
+            raise LESSError(f"{where}: expected full attention, got a sliding window. Use a DynamicCache.")
         for name, argument in kwargs.items():
             if isinstance(argument, torch.Tensor) and name not in HARMLESS and name != "s_aux":
                 raise LESSError(f"{where}: attention argument {name!r} is not supported with a LESSCache.")
@@ -350,9 +350,7 @@ class LESSLayer(CacheLayerMixin):
         self._store(keys, values, positions.masked_fill(~keep, -1), scores, slots)
         return None if is_first else torch.cat(outputs, dim=2)
 
-    def _visible(
-        self, attention_mask: torch.Tensor | None, real: torch.Tensor, rows: slice, n: int, g: int
-    ) -> torch.Tensor:
+    def _visible(self, attention_mask: torch.Tensor | None, real: torch.Tensor, rows: slice, n: int, g: int) -> torch.Tensor:
         """Which columns (slots, then new tokens) the queries `rows` see, `[b, g, rows, c]`; each sees itself."""
         b = real.shape[0]
         new = torch.arange(n, device=real.device)

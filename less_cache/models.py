@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from less_cache.errors import LESSError
 
@@ -34,13 +34,15 @@ def load(
         LESSError: There is no such model, a file is damaged, or a package that reads it is missing.
     """
     name, gguf_file = locate(model)
+    tokenizer_class: Any = AutoTokenizer
     if gguf_file is not None:
         _require("gguf", "accelerate")
         options["gguf_file"] = gguf_file
+        tokenizer_class = PreTrainedTokenizerFast  # the same one, but AutoTokenizer first reads the model's config: 10 s
     shared = {key: options[key] for key in ("gguf_file", "revision", "token") if key in options}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, **shared)
-        loaded = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **options)
+        tokenizer = tokenizer_class.from_pretrained(name, **shared)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **options)
     except Exception as error:  # readers of damaged files raise whatever they stumble over
         raise LESSError(
             f"Cannot load {model!r} ({_first_line(error)}). "
@@ -80,4 +82,4 @@ def _require(*packages: str) -> None:
 
 def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    return f"{type(error).__name__}: {lines[0].rstrip('.: ')}" if lines else type(error).__name__

@@ -33,7 +33,7 @@ class LowRankState:
         )
 
     def fold_in(self, key_features: torch.Tensor, values: torch.Tensor) -> None:
-        """Add evicted pairs in place. `key_features`: ψ(k), `[b, g, m, r]`, 0 where nothing is evicted; `values`: `[b, g, m, d]`."""
+        """Add evicted pairs in place: ψ(k) `[b, g, m, r]`, 0 where nothing is evicted, and v `[b, g, m, d]`."""
         self.values_sum += key_features.transpose(-1, -2) @ values.float()
         self.features_sum += key_features.sum(dim=-2)
 

@@ -15,7 +15,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from less_cache.cache import LESSCache
 from less_cache.errors import LESSError
 from less_cache.kernels import LESSKernels
-from less_cache.policies import EvictionPolicy, policy_from_dict
+from less_cache.policies import EvictionPolicy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,18 +57,18 @@ def measure(
     kernels: LESSKernels | None,
     prompt_length: int,
     batch_size: int = 8,
-    advance: Callable[[str], None] = lambda cache: None,
+    advance: Callable[[], object] = lambda: None,
 ) -> list[Measurement]:
     """Full cache, policy alone, baseline+ and LESS on `tokens` `[count, p + n]`: one run, same text.
 
     `advance` is called after each batch of each cache.
     """
 
-    def run(name: str, make: Callable[[], Cache]) -> tuple[float, float]:
-        return _perplexity(model, tokens, make, prompt_length, batch_size, lambda: advance(name))
+    def run(make: Callable[[], Cache]) -> tuple[float, float]:
+        return _perplexity(model, tokens, make, prompt_length, batch_size, advance)
 
-    full, full_bytes = run("full", lambda: DynamicCache(config=model.config))
-    sparse, sparse_bytes = run("policy", lambda: LESSCache(model.config, policy=policy))
+    full, full_bytes = run(lambda: DynamicCache(config=model.config))
+    sparse, sparse_bytes = run(lambda: LESSCache(model.config, policy=policy))
     rows = [
         Measurement("full", None, full, full_bytes),
         Measurement("policy", policy.to_dict(), sparse, sparse_bytes),
@@ -80,7 +80,7 @@ def measure(
         ("baseline+", lambda: LESSCache(model.config, policy=larger)),
         ("less", lambda: LESSCache(model.config, policy=policy, kernels=kernels)),
     ):
-        perplexity, held = run(name, make)
+        perplexity, held = run(make)
         used = larger if name == "baseline+" else policy
         rows.append(Measurement(name, used.to_dict(), perplexity, held, (sparse - perplexity) / (sparse - full)))
     return rows
@@ -91,13 +91,12 @@ def with_state_bytes(policy: EvictionPolicy, kernels: LESSKernels, itemsize: int
 
     The state takes 4 (R·d + R) bytes a KV head, a token 2·d·itemsize. The first count of the policy grows.
     """
-    config = kernels.config
-    tokens = math.ceil(4 * config.rank * (config.head_dim + 1) / (2 * config.head_dim * itemsize))
-    description = policy.to_dict()
-    first = next(name for name in description if name != "name")
     if policy.is_fractional:
         raise LESSError(f"Expected token counts, got fractions: {policy}.")
-    return policy_from_dict({**description, first: description[first] + tokens})
+    config = kernels.config
+    tokens = math.ceil(4 * config.rank * (config.head_dim + 1) / (2 * config.head_dim * itemsize))
+    first = dataclasses.fields(policy)[0].name
+    return dataclasses.replace(policy, **{first: getattr(policy, first) + tokens})
 
 
 def _perplexity(
@@ -106,7 +105,7 @@ def _perplexity(
     make: Callable[[], Cache],
     prompt_length: int,
     batch_size: int,
-    advance: Callable[[], None],
+    advance: Callable[[], object],
 ) -> tuple[float, float]:
     """Perplexity of the tokens after the prompt, and the cache's bytes a sequence."""
     loss, held = 0.0, 0
@@ -131,4 +130,5 @@ def _steps(model: PreTrainedModel, batch: torch.Tensor, cache: Cache, prompt_len
 def _bytes(cache: Cache) -> int:
     if isinstance(cache, LESSCache):
         return cache.memory_footprint().total
-    return sum(tensor.numel() * tensor.element_size() for layer in cache.layers for tensor in (layer.keys, layer.values))
+    held = (getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values"))
+    return sum(tensor.nbytes for tensor in held if tensor is not None)

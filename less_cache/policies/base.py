@@ -59,9 +59,7 @@ class EvictionPolicy(abc.ABC):
         """
         return scores
 
-    def keep(
-        self, scores: torch.Tensor, positions: torch.Tensor, seen: torch.Tensor, counts: torch.Tensor
-    ) -> torch.Tensor:
+    def keep(self, scores: torch.Tensor, positions: torch.Tensor, seen: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
         """Columns that stay, `[b, g, c]`: the protected, then the highest scores up to capacity (ties: the newest)."""
         capacity = self.capacity(counts)
         assert capacity is not None, "a policy without a budget overrides keep"
@@ -75,9 +73,7 @@ class EvictionPolicy(abc.ABC):
         rank = torch.empty_like(order).scatter_(-1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order))
         return protected | (alive & (rank < capacity))
 
-    def victim(
-        self, scores: torch.Tensor, positions: torch.Tensor, seen: torch.Tensor, counts: torch.Tensor
-    ) -> torch.Tensor:
+    def victim(self, scores: torch.Tensor, positions: torch.Tensor, seen: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
         """The column that `keep` drops first, `[b, g, 1]`, for a head that is one token over its capacity."""
         candidate = (positions >= 0) & ~self.protected(positions, seen, counts)
         candidate_scores = scores.masked_fill(~candidate, torch.inf)

@@ -58,8 +58,6 @@ class CORM(EvictionPolicy):
         at = torch.where(important, query_positions[:, None, None, :, None], -1)
         return torch.maximum(scores, at.amax(dim=(2, 3)).float())
 
-    def keep(
-        self, scores: torch.Tensor, positions: torch.Tensor, seen: torch.Tensor, counts: torch.Tensor
-    ) -> torch.Tensor:
+    def keep(self, scores: torch.Tensor, positions: torch.Tensor, seen: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
         window, _ = counts
         return (positions >= 0) & (self.protected(positions, seen, counts) | (scores >= seen - window))

@@ -16,26 +16,39 @@ from less_cache.policies import EvictionPolicy
 from less_cache.training.simulate import Decode, attend, columns, roll
 
 
-class TeacherLayer(CacheLayerMixin):
+class TrainingLayer(CacheLayerMixin):
+    """Hands attention over to `attend`, and stores nothing for a next block."""
+
+    supports_early_init = False
+    prompt_length = 0
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        return hook.tag(key_states, self), value_states
+
+    def lazy_initialization(self, key_states, value_states) -> None:
+        pass
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return query_length, self.prompt_length
+
+    def get_seq_length(self) -> int:
+        return self.prompt_length
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+class TeacherLayer(TrainingLayer):
     """Runs the model's own attention on whole sequences and keeps what students need of them.
 
     After a forward of `t` tokens it holds queries, keys, values, and the attention output, before the output
     projection.
     """
 
-    supports_early_init = False
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen = 0
-
-    def update(self, key_states, value_states, *args, **kwargs):
-        return hook.tag(key_states, self), value_states
-
-    def attend(self, original: Callable, module, query_states, key_states, value_states, attention_mask, scaling=None, **kwargs):
-        output, weights = original(
-            module, query_states, key_states, value_states, attention_mask, scaling=scaling, **kwargs
-        )
+    def attend(
+        self, original: Callable, module, query_states, key_states, value_states, attention_mask, scaling=None, **kwargs
+    ):
+        output, weights = original(module, query_states, key_states, value_states, attention_mask, scaling=scaling, **kwargs)
         self.module = module
         self.scaling = query_states.shape[-1] ** -0.5 if scaling is None else scaling
         self.softcap = kwargs.get("softcap")
@@ -72,18 +85,6 @@ class TeacherLayer(CacheLayerMixin):
             )
         return scores
 
-    def lazy_initialization(self, key_states, value_states) -> None:
-        pass
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return query_length, 0
-
-    def get_seq_length(self) -> int:
-        return 0
-
-    def get_max_length(self) -> int:
-        return -1
-
 
 def roll_layers(teachers: list[TeacherLayer], policy: EvictionPolicy, scores: list[torch.Tensor], steps: int) -> list[Decode]:
     """Every layer's decoding of the `steps` tokens after a prompt, with the teacher's queries.
@@ -105,7 +106,7 @@ def roll_layers(teachers: list[TeacherLayer], policy: EvictionPolicy, scores: li
     return decode.split(b)
 
 
-class StudentLayer(TeacherLayer):
+class StudentLayer(TrainingLayer):
     """Attention of a block of decoded tokens under LESS, after the teacher's prompt; gradients flow through it.
 
     What is kept follows the teacher's queries (`decode`), what is attended the student's own.
@@ -127,9 +128,3 @@ class StudentLayer(TeacherLayer):
         )
         output = attend(self.decode, query_states, keys, values, self.kernels, logits)
         return output.transpose(1, 2).to(query_states.dtype), None
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return query_length, self.prompt_length
-
-    def get_seq_length(self) -> int:
-        return self.prompt_length

@@ -115,7 +115,7 @@ def attend(
     weights = (logits - largest).exp()
     denominator = weights.sum(dim=-1, keepdim=True)
     if kernels is None:
-        mixed, numerator = weights, 0
+        mixed, numerator = weights, weights.new_zeros(())
     else:
         query_features = kernels.query_features(query_states).view(b, g, s * n, -1)
         key_features = kernels.key_features(key_states)  # [b, g, p + n, r]

@@ -9,6 +9,7 @@ import json
 import math
 import random
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -67,10 +68,21 @@ class TrainingOptions:
     checkpoint_every: int = 50
 
 
-def train(model: PreTrainedModel, sampler: TokenSampler, options: TrainingOptions, output: Path) -> LESSKernels:
+def train(
+    model: PreTrainedModel,
+    sampler: TokenSampler,
+    options: TrainingOptions,
+    output: Path,
+    report: Callable[[int, str, float], None] = lambda step, stage, loss: None,
+) -> LESSKernels:
     """Train kernels for `model`; resumes from `output` if it holds a checkpoint of the same options.
 
     The model stays as it is: its parameters get no gradients while training and their flags are restored after.
+    `report` gets the number of steps done, the stage and the loss after each step.
+
+    Raises:
+        LESSError: The model cannot work with a LESSCache, the texts are too short, the loss is not finite, or the
+            output folder holds a checkpoint of other options. What was reached stays in the folder.
     """
     check_supported(model.config, model)
     hook.install()
@@ -78,10 +90,10 @@ def train(model: PreTrainedModel, sampler: TokenSampler, options: TrainingOption
     flags = [parameter.requires_grad for parameter in model.parameters()]
     model.requires_grad_(False).eval()
     try:
-        run = _Run(model, sampler, options, output)
+        run = _Run(model, sampler, options, output, report)
         run.resume()
         run.go()
-        return run.kernels.requires_grad_(False)
+        return run.finished()
     finally:
         for parameter, flag in zip(model.parameters(), flags, strict=True):
             parameter.requires_grad_(flag)
@@ -90,8 +102,15 @@ def train(model: PreTrainedModel, sampler: TokenSampler, options: TrainingOption
 class _Run:
     """One training run and all that a checkpoint holds."""
 
-    def __init__(self, model: PreTrainedModel, sampler: TokenSampler, options: TrainingOptions, output: Path):
-        self.model, self.sampler, self.options, self.output = model, sampler, options, output
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        sampler: TokenSampler,
+        options: TrainingOptions,
+        output: Path,
+        report: Callable[[int, str, float], None],
+    ):
+        self.model, self.sampler, self.options, self.output, self.report = model, sampler, options, output, report
         sizes = geometry(model.config)
         config = LESSConfig(
             **dataclasses.asdict(sizes),
@@ -102,8 +121,8 @@ class _Run:
         )
         self.kernels = LESSKernels(config).to(model.device).requires_grad_(True)
         generator = torch.Generator().manual_seed(options.seed)
-        for layer in self.kernels.layers.values():
-            layer.reset_parameters(generator)
+        for layer_idx in config.layers:
+            self.kernels.for_layer(layer_idx).reset_parameters(generator)
         self.optimizer = torch.optim.Adam(self.kernels.parameters(), lr=options.layerwise_learning_rate)
         self.step = 0
 
@@ -127,11 +146,20 @@ class _Run:
             self.optimizer.step()
             self.step += 1
             seconds = (time.monotonic() - started) / (self.step - first)
+            stage = "layerwise" if layerwise else "joint"
             with (self.output / LOG_NAME).open("a") as log:
-                stage = "layerwise" if layerwise else "joint"
                 log.write(json.dumps({"step": self.step, "stage": stage, "loss": loss, "seconds": round(seconds, 3)}) + "\n")
             if self.step % self.options.checkpoint_every == 0 or self.step == self.total_steps:
                 self.checkpoint()
+            self.report(self.step, stage, loss)
+
+    def finished(self) -> LESSKernels:
+        """The kernels, with what they were trained on and with in their config."""
+        config = self.kernels.config
+        fraction = math.sqrt(self.options.least_budget * self.options.most_budget)
+        config.policy = POLICIES[self.options.policy].from_budget(round(fraction, 3)).to_dict()
+        config.training = dataclasses.asdict(self.options)
+        return self.kernels.requires_grad_(False)
 
     def learning_rate(self) -> float:
         """A cosine from the stage's rate to a tenth of it."""
@@ -160,7 +188,7 @@ class _Run:
     @torch.no_grad()
     def teach(self, tokens: torch.Tensor, logits_at: torch.Tensor) -> tuple[list[TeacherLayer], torch.Tensor]:
         """A dense forward: its layers' activations, and the logits at the positions `logits_at`."""
-        layers = [TeacherLayer() for _ in self.kernels.config.layers or []]
+        layers = [TeacherLayer() for _ in self.kernels.config.layers]
         cache = Cache(layers=list(layers))
         logits = self.model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=logits_at).logits
         return layers, logits
@@ -168,13 +196,14 @@ class _Run:
     @torch.no_grad()
     def roll(self, layers: list[TeacherLayer], prompts: list[tuple[int, EvictionPolicy]]) -> list[list[Decode]]:
         """For each prompt, every layer's kept sets while it decodes."""
-        rolls, earlier = [], [None] * len(layers)
+        rolls: list[list[Decode]] = []
+        earlier: list[torch.Tensor | None] = [None] * len(layers)
         for p, policy in prompts:
             counts = policy.resolve(torch.full((self.options.batch_size,), p)).T[:, :, None, None].to(self.model.device)
             scores = [layer.prompt_scores(policy, p, counts, before) for layer, before in zip(layers, earlier, strict=True)]
             rolls.append(roll_layers(layers, policy, scores, self.options.decoded))
             if policy.observed(counts, p) == p:
-                earlier = scores
+                earlier = list(scores)
         return rolls
 
     def layerwise_step(self) -> float:
@@ -185,7 +214,7 @@ class _Run:
         rolls = self.roll(layers, prompts)
         total = 0.0
         for (p, _), decodes in zip(prompts, rolls, strict=True):
-            for layer_idx, teacher, decode in zip(self.kernels.config.layers or [], layers, decodes, strict=True):
+            for layer_idx, teacher, decode in zip(self.kernels.config.layers, layers, decodes, strict=True):
                 with torch.no_grad():
                     queries = teacher.queries[:, :, p : p + n]
                     keys, values = teacher.keys[:, :, : p + n], teacher.values[:, :, : p + n]
@@ -213,7 +242,7 @@ class _Run:
         for index, ((p, _), decodes) in enumerate(zip(prompts, rolls, strict=True)):
             students = [
                 StudentLayer(teacher, decode, self.kernels.for_layer(layer_idx))
-                for layer_idx, teacher, decode in zip(self.kernels.config.layers or [], layers, decodes, strict=True)
+                for layer_idx, teacher, decode in zip(self.kernels.config.layers, layers, decodes, strict=True)
             ]
             cache = Cache(layers=list(students))
             logits = self.model(tokens[:, p : p + n], past_key_values=cache, use_cache=True).logits

@@ -1,0 +1,74 @@
+"""What `less-cache eval perplexity` does: one table and one line of JSON."""
+
+import dataclasses
+import functools
+import json
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from less_cache import models
+from less_cache.evaluation.perplexity import Measurement, measure, stretches
+from less_cache.kernels import LESSKernels
+from less_cache.policies import POLICIES
+from less_cache.version import __version__
+
+
+def run(
+    model_name: str,
+    kernels_name: str | None,
+    policy_name: str,
+    budgets: list[int],
+    data: list[Path],
+    sequences: int,
+    prompt_length: int,
+    decoded: int,
+    batch_size: int,
+    output: Path | None,
+) -> None:
+    """Measure every budget on the same text; print a table each, then all of it as one JSON line."""
+    console = Console(highlight=False, stderr=True)
+    policies = [POLICIES[policy_name].from_budget(budget) for budget in budgets]
+    kernels = LESSKernels.from_pretrained(kernels_name) if kernels_name else None
+    model, tokenizer = models.load(model_name)
+    tokens = stretches(data, tokenizer, sequences, prompt_length + decoded)
+    batches = -(-sequences // batch_size)
+    results = []
+    for policy in policies:
+        with Progress(console=console, transient=True) as progress:
+            caches = 4 if kernels is not None else 2
+            task = progress.add_task(str(policy), total=caches * batches)
+            advance = functools.partial(progress.advance, task)
+            rows = measure(model, tokens, policy, kernels, prompt_length, batch_size, advance)
+        console.print(table(str(policy), rows))
+        results.append([dataclasses.asdict(row) for row in rows])
+    line = json.dumps(
+        {
+            "model": model_name,
+            "kernels_sha256": kernels.config.sha256 if kernels is not None else None,
+            "data": [path.name for path in data],
+            "sequences": sequences,
+            "prompt_length": prompt_length,
+            "decoded": decoded,
+            "less_cache": __version__,
+            "results": results,
+        }
+    )
+    if output is not None:
+        output.write_text(line + "\n")
+    print(line)
+
+
+def table(title: str, rows: list[Measurement]) -> Table:
+    """One policy's measurements."""
+    result = Table(title=title, box=box.SIMPLE_HEAD)
+    result.add_column("cache")
+    for name in ("bytes", "perplexity", "gap recovered"):
+        result.add_column(name, justify="right")
+    for row in rows:
+        recovered = "" if row.gap_recovered is None else f"{row.gap_recovered:.0%}"
+        result.add_row(row.cache, f"{row.bytes:,.0f}", f"{row.perplexity:.2f}", recovered)
+    return result

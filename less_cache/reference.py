@@ -1,0 +1,109 @@
+"""The oracle: LESS as one plain O(T²) masked formula, without slots, recurrence or virtual tokens.
+
+Axes: `b` batch, `h` query heads, `g` KV heads, `s` = h / g, `n` queries of one block, `T` all tokens, `d` head dim,
+`r` rank, `f` token counts of the policy.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from less_cache.attention import group_heads
+from less_cache.kernels import LayerKernels
+from less_cache.policies import EvictionPolicy
+
+
+def reference_attention(
+    query_states: torch.Tensor,
+    key_states: torch.Tensor,
+    value_states: torch.Tensor,
+    policy: EvictionPolicy,
+    blocks: Sequence[int],
+    kernels: LayerKernels | None = None,
+    real: torch.Tensor | None = None,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a `LESSLayer` must give for tokens that were fed in `blocks`, in float64.
+
+        w_ij = e^{l_ij} where query i sees token j, φ(q_i) ψ(k_j)ᵀ where j is evicted, otherwise 0
+        out_i = Σ_j w_ij v_j / Σ_j w_ij
+
+    This is the formula of LESS with H and z written out as sums over the evicted tokens. A query sees the tokens that
+    were kept before its block and those of its block up to itself; after every block there is one selection, by the
+    policy's own methods over columns for all T tokens (position -1: padding, evicted or not yet there).
+
+    Args:
+        query_states: After RoPE, `[b, h, T, d]`.
+        key_states: After RoPE, `[b, g, T, d]`.
+        value_states: `[b, g, T, d]`.
+        policy: Which tokens are kept.
+        blocks: How the tokens came, such as `[prompt, 1, 1, 1]`; the sum is T.
+        kernels: φ and ψ; None: evicted tokens are lost.
+        real: Which tokens are not padding, bool `[b, T]`; None: all. What is returned at padding has no meaning.
+        scaling: Factor of q·k; None: 1/√d.
+        softcap: Soft cap of the logits; None: none.
+        sinks: Learned logits without a value, `[h]`, that share the denominator (gpt-oss).
+
+    Returns:
+        Outputs `[b, h, T, d]`, and the tokens kept after each block, bool `[len(blocks), b, g, T]`. The evicted ones are
+        those before the block's end that are real and not kept.
+
+    >>> from less_cache import SinkRecent
+    >>> q, k, v = torch.randn(1, 4, 6, 8), torch.randn(1, 2, 6, 8), torch.randn(1, 2, 6, 8)
+    >>> outputs, kept = reference_attention(q, k, v, SinkRecent(sinks=1, recent=2), blocks=[4, 1, 1])
+    >>> outputs.shape
+    torch.Size([1, 4, 6, 8])
+    >>> kept[:, 0, 0].int()
+    tensor([[1, 0, 1, 1, 0, 0],
+            [1, 0, 0, 1, 1, 0],
+            [1, 0, 0, 0, 1, 1]], dtype=torch.int32)
+    """
+    b, g, T, d = key_states.shape
+    real = torch.ones(b, T, dtype=torch.bool) if real is None else real.bool()
+    row_positions = (real.cumsum(-1) - 1).masked_fill(~real, -1)  # [b, T]
+    positions = row_positions.unsqueeze(1).expand(b, g, T)
+    token = torch.arange(T)
+
+    queries = group_heads(query_states, g).double()  # [b, g, s, T, d]
+    keys, values = key_states.double()[:, :, None], value_states.double()[:, :, None]  # [b, g, 1, T, d]
+    logits = queries @ keys.transpose(-1, -2) * (d**-0.5 if scaling is None else scaling)  # [b, g, s, T, T]
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    exponentials = logits.exp()
+    sink_mass = 0.0 if sinks is None else sinks.double().exp().view(1, g, -1, 1, 1)
+    low_rank = torch.zeros_like(exponentials)  # φ(q_i) ψ(k_j)ᵀ
+    if kernels is not None:
+        query_features = group_heads(kernels.query_features(query_states), g).double()  # [b, g, s, T, r]
+        key_features = kernels.key_features(key_states).double()[:, :, None]  # [b, g, 1, T, r]
+        low_rank = query_features @ key_features.transpose(-1, -2)
+
+    held = torch.zeros(b, g, T, dtype=torch.bool)
+    scores = policy.arrival(positions)
+    outputs, kept = [], []
+    start, decoding = 0, False
+    for n in blocks:
+        rows = slice(start, start + n)
+        block = token[rows, None]  # [n, 1]
+        new = (token >= start) & (token <= block) & real[:, None, None]  # [b, 1, n, T]
+        sees = held.unsqueeze(2) | new | (token == block)  # [b, g, n, T]; even padding sees itself
+        evicted = (token < start) & real.unsqueeze(1) & ~held  # [b, g, T]
+
+        sparse = exponentials[:, :, :, rows] * sees.unsqueeze(2)  # [b, g, s, n, T]
+        weights = sparse + low_rank[:, :, :, rows] * evicted[:, :, None, None]
+        outputs.append(weights @ values / (weights.sum(-1, keepdim=True) + sink_mass))
+
+        observed = sparse / (sparse.sum(-1, keepdim=True) + sink_mass) * real[:, None, None, rows, None]
+        scores = policy.observe(scores, observed.float(), row_positions[:, rows])
+
+        seen = real[:, : start + n].sum(-1)  # [b]
+        decoding = decoding or (n == 1 and start > 0)
+        if not decoding:
+            counts = policy.resolve(seen).T[:, :, None, None]  # [f, b, 1, 1]
+        present = held | ((token >= start) & (token < start + n) & real.unsqueeze(1))
+        held = policy.keep(scores, positions.masked_fill(~present, -1), seen.view(b, 1, 1), counts)
+        kept.append(held)
+        start += n
+    assert start == T, f"blocks sum to {start}, there are {T} tokens"
+    return torch.cat(outputs, dim=3).flatten(1, 2), torch.stack(kept)
