@@ -21,6 +21,7 @@ from torch.nn.functional import cross_entropy
 from transformers import DynamicCache, TextStreamer
 
 from less_cache import POLICIES, LESSCache, LESSError, LESSKernels, models
+from less_cache.evaluation.perplexity import with_state_bytes
 
 TEXT = Path(__file__).parent / "data" / "pride-and-prejudice-chapter-19.txt"
 TAIL = 24  # tokens of the prompt that are shown before what was generated
@@ -66,21 +67,15 @@ def run(
     console.print(f"[bold]policy[/]   {policy}")
     console.print(f"[bold]kernels[/]  {kernels_name}" + ("" if kernels else ": only the full cache and the policy are shown"))
 
-    def show(label: str, cache: Any, new_tokens: int = max_new_tokens) -> Measurement:
-        return measure(console, model, tokenizer, tokens, label, cache, new_tokens)
-
-    full = show("full cache", DynamicCache(config=model.config))
-    alone = show(f"{policy_name} alone", LESSCache(model, policy))
-    rows = [full, alone]
+    contenders = {"full cache": DynamicCache(config=model.config), f"{policy_name} alone": LESSCache(model, policy)}
     if kernels is not None:
-        less = show(f"LESS on {policy_name}", LESSCache(model, policy, kernels))
-        # The fair rival: the policy alone, with the bytes of the low-rank state spent on more tokens.
-        extra = math.ceil((less.cache_bytes - alone.cache_bytes) / (full.cache_bytes / len(tokens)))
-        rival = show(f"{policy_name} + {extra} tokens", LESSCache(model, from_budget(budget + extra)), 0)
-        rows = [full, alone, rival, less]
+        contenders[f"{policy_name}, equal bytes"] = LESSCache(model, with_state_bytes(policy, kernels, model.dtype.itemsize))
+        contenders[f"LESS on {policy_name}"] = LESSCache(model, policy, kernels)
+    rows = [measure(console, model, tokenizer, tokens, name, cache, max_new_tokens) for name, cache in contenders.items()]
     console.print(table(rows))
-    if kernels is not None and alone.perplexity > full.perplexity:
-        won_back = (alone.perplexity - less.perplexity) / (alone.perplexity - full.perplexity)
+    full, alone, less = rows[0].perplexity, rows[1].perplexity, rows[-1].perplexity
+    if kernels is not None and alone > full:
+        won_back = (alone - less) / (alone - full)
         console.print(f"Of the perplexity that {policy_name} loses, LESS wins back {won_back:.0%}.")
     return rows
 
@@ -130,18 +125,17 @@ def measure(
     layers = model.config.get_text_config().num_hidden_layers
     with progress(console, f"Reading {prompt.shape[1]:,} tokens", layers) as advance:
         prefill(model, prompt[:, :-1], cache, advance)
-    if new_tokens:
-        streamer = ConsoleStreamer(console, tokenizer)
-        streamer.show(tokenizer.decode(prompt[0, -TAIL:]).split(maxsplit=1)[-1], style="dim")
-        model.generate(
-            prompt,
-            attention_mask=torch.ones_like(prompt),
-            past_key_values=copy.deepcopy(cache),
-            max_new_tokens=new_tokens,
-            do_sample=False,
-            pad_token_id=tokenizer.eos_token_id,
-            streamer=streamer,
-        )
+    streamer = ConsoleStreamer(console, tokenizer)
+    streamer.show(tokenizer.decode(prompt[0, -TAIL:]).split(maxsplit=1)[-1], style="dim")
+    model.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        past_key_values=copy.deepcopy(cache),
+        max_new_tokens=new_tokens,
+        do_sample=False,
+        pad_token_id=tokenizer.eos_token_id,
+        streamer=streamer,
+    )
     with progress(console, f"Scoring {SCORED} held-out tokens", SCORED) as advance:
         perplexity, tokens_per_second = score(model, held_out, cache, advance)
     cache_bytes = cache.memory_footprint().total if isinstance(cache, LESSCache) else full_cache_bytes(cache)

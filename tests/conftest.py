@@ -1,0 +1,34 @@
+"""Offline, seeded, derandomised by default; the tiny models as fixtures."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported
+
+import pytest
+import tiny
+import torch
+from hypothesis import HealthCheck, settings
+
+SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large]  # drawing is cheap here, running is not
+settings.register_profile("ci", derandomize=True, deadline=None, max_examples=30, suppress_health_check=SLOW)
+settings.register_profile("dev", deadline=None, max_examples=200, suppress_health_check=SLOW)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def tiny_llama():
+    """Factory: `tiny_llama(attn_implementation="sdpa", seed=0, **overrides)`, see `tiny.tiny_llama`."""
+    return tiny.tiny_llama
+
+
+@pytest.fixture
+def tiny_kernels():
+    """Factory: `tiny_kernels(model, rank=8, hidden_size=16, seed=0)`, see `tiny.tiny_kernels`."""
+    return tiny.tiny_kernels

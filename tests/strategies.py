@@ -1,0 +1,82 @@
+"""Hypothesis strategies for raw layers: small shapes, policies and ways to feed tokens; all shrink."""
+
+import dataclasses
+
+import tiny
+import torch
+from hypothesis import strategies as st
+
+from less_cache import POLICIES, EvictionPolicy
+from less_cache.kernels import LayerKernels
+from less_cache.layer import LESSLayer
+
+SEEDS = st.integers(0, 2**16)
+FRACTIONS = st.sampled_from([0.1, 0.25, 0.4, 0.75])
+
+
+@st.composite
+def policies(draw, name: str, fractions: bool = False) -> EvictionPolicy:
+    """The policy `name` with a small budget: counts up to 5, or some of them fractions of the prompt."""
+    policy = POLICIES[name]
+    counts = {}
+    for field in dataclasses.fields(policy):
+        count = st.integers(field.metadata.get("least", 1), 5)
+        counts[field.name] = draw(count | FRACTIONS if fractions else count)
+    return policy(**counts)
+
+
+def partitions(most_blocks: int = 8, most_tokens: int = 9) -> st.SearchStrategy[list[int]]:
+    """Block lengths: steps, chunks and anything between."""
+    return st.lists(st.integers(1, most_tokens) | st.just(1), min_size=1, max_size=most_blocks)
+
+
+@dataclasses.dataclass
+class Case:
+    """A raw layer, and the tokens that it is fed."""
+
+    policy: EvictionPolicy
+    kernels: LayerKernels | None
+    blocks: list[int]
+    real: torch.Tensor | None  # [b, T]
+    states: tuple[torch.Tensor, ...] = dataclasses.field(repr=False)  # queries [b, h, T, d], keys and values [b, g, T, d]
+
+    def layer(self) -> LESSLayer:
+        return LESSLayer(self.policy, self.kernels, layer_idx=0)
+
+    def real_tokens(self) -> torch.Tensor:
+        b, _, length, _ = self.states[0].shape
+        return torch.ones(b, length, dtype=torch.bool) if self.real is None else self.real
+
+
+@st.composite
+def cases(
+    draw,
+    name: str,
+    blocks: st.SearchStrategy[list[int]] | None = None,
+    padding: str = "none",
+    kernels: bool | None = None,
+    fractions: bool = False,
+) -> Case:
+    """`padding`: "none", "left" (every row starts with its padding) or "anywhere"; row 0 has none."""
+    b = draw(st.integers(1 if padding == "none" else 2, 3))
+    g = draw(st.integers(1, 2))
+    h = g * draw(st.integers(1, 3))
+    d = draw(st.sampled_from([2, 4, 6]))
+    lengths = draw(partitions() if blocks is None else blocks)
+    length = sum(lengths)
+    with_kernels = draw(st.booleans()) if kernels is None else kernels
+    seed = draw(SEEDS)
+    real = None
+    if padding == "left":
+        starts = [0, *draw(st.lists(st.integers(0, length - 1), min_size=b - 1, max_size=b - 1))]
+        real = torch.arange(length) >= torch.tensor(starts).unsqueeze(-1)
+    elif padding == "anywhere":
+        masks = draw(st.lists(st.lists(st.booleans(), min_size=length, max_size=length), min_size=b - 1, max_size=b - 1))
+        real = torch.tensor([[True] * length, *masks])
+    return Case(
+        policy=draw(policies(name, fractions)),
+        kernels=tiny.layer_kernels(h, g, d, seed=seed) if with_kernels else None,
+        blocks=lengths,
+        real=real,
+        states=tiny.random_states(b, h, g, length, d, seed=seed),
+    )

@@ -1,0 +1,299 @@
+"""Files of kernels: what was saved comes back byte for byte, and anything else is one LESSError."""
+
+import hashlib
+import json
+import os
+import pickle
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from tiny import tiny_kernels, tiny_llama
+
+from less_cache import LESSConfig, LESSError, LESSKernels
+from less_cache.hub import CONFIG_NAME, WEIGHTS_NAME
+
+
+def small_kernels(seed: int = 0) -> LESSKernels:
+    return tiny_kernels(tiny_llama(), rank=2, hidden_size=4, seed=seed)
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """Saved kernels."""
+    small_kernels().save_pretrained(tmp_path)
+    return tmp_path
+
+
+def change_config(folder: Path, **changes) -> None:
+    entries = json.loads((folder / CONFIG_NAME).read_text())
+    (folder / CONFIG_NAME).write_text(json.dumps({**entries, **changes}))
+
+
+def change_tensors(folder: Path, change) -> None:
+    """Write the tensors after `change(tensors)`, with a digest that fits."""
+    tensors = load_file(folder / WEIGHTS_NAME)
+    change(tensors)
+    save_file(tensors, folder / WEIGHTS_NAME, metadata={"format": "pt"})
+    change_config(folder, sha256=hashlib.sha256((folder / WEIGHTS_NAME).read_bytes()).hexdigest())
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+# What was saved
+
+
+def test_round_trip_is_byte_exact(folder, tmp_path_factory):
+    kernels = LESSKernels.from_pretrained(folder)
+    original = small_kernels()
+    for name, tensor in original.state_dict().items():
+        assert torch.equal(kernels.state_dict()[name], tensor)
+    original.config.sha256 = kernels.config.sha256
+    assert kernels.config == original.config
+    again = tmp_path_factory.mktemp("again") / "new" / "folders"
+    kernels.save_pretrained(again)
+    assert contents(again) == contents(folder)
+
+
+def test_files(folder):
+    assert set(contents(folder)) == {CONFIG_NAME, WEIGHTS_NAME}
+    config = LESSConfig.from_json((folder / CONFIG_NAME).read_text())
+    assert config.sha256 == hashlib.sha256((folder / WEIGHTS_NAME).read_bytes()).hexdigest()
+    assert all(tensor.dtype == torch.float32 for tensor in load_file(folder / WEIGHTS_NAME).values())
+    assert (folder / WEIGHTS_NAME).stat().st_mode & 0o777 == 0o644
+
+
+def test_loading_draws_no_random_numbers_and_needs_no_gradients(folder):
+    before = torch.get_rng_state()
+    kernels = LESSKernels.from_pretrained(str(folder))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not any(parameter.requires_grad or parameter.is_meta for parameter in kernels.parameters())
+
+
+def test_kernels_of_some_layers(tmp_path):
+    kernels = LESSKernels(LESSConfig(4, 4, 2, 8, rank=2, hidden_size=4, layers=[3, 1]))
+    kernels.save_pretrained(tmp_path)
+    loaded = LESSKernels.from_pretrained(tmp_path)
+    assert [index for index in range(4) if loaded.for_layer(index) is not None] == [1, 3]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_files_become_float32(folder, dtype):
+    change_tensors(folder, lambda tensors: tensors.update({name: tensor.to(dtype) for name, tensor in tensors.items()}))
+    for name, tensor in LESSKernels.from_pretrained(folder).state_dict().items():
+        assert tensor.dtype == torch.float32
+        assert torch.equal(tensor, small_kernels().state_dict()[name].to(dtype).float())
+
+
+def test_a_config_without_digest_is_taken(folder):
+    change_config(folder, sha256=None)
+    LESSKernels.from_pretrained(folder)
+
+
+def test_saved_over_the_files_that_it_came_from(folder):
+    kernels = LESSKernels.from_pretrained(folder)
+    before = contents(folder)
+    kernels.save_pretrained(folder)
+    assert contents(folder) == before
+
+
+# What is wrong with a file
+
+
+def truncate(folder: Path) -> None:
+    path = folder / WEIGHTS_NAME
+    path.write_bytes(path.read_bytes()[:-100])
+    change_config(folder, sha256=None)
+
+
+def flip_a_bit(folder: Path) -> None:
+    content = bytearray((folder / WEIGHTS_NAME).read_bytes())
+    content[-5] ^= 1
+    (folder / WEIGHTS_NAME).write_bytes(content)
+
+
+def write_weights(content: bytes):
+    """A damage: weights of other content, and no digest that would tell."""
+
+    def damage(folder: Path) -> None:
+        (folder / WEIGHTS_NAME).write_bytes(content)
+        change_config(folder, sha256=None)
+
+    return damage
+
+
+def tensor_damage(change):
+    return lambda folder: change_tensors(folder, change)
+
+
+def config_damage(**changes):
+    return lambda folder: change_config(folder, **changes)
+
+
+ONE = "layers.1.key_mix"
+DAMAGES = {
+    "no config": (lambda folder: (folder / CONFIG_NAME).unlink(), rf"expected {CONFIG_NAME}, found {WEIGHTS_NAME}"),
+    "no weights": (lambda folder: (folder / WEIGHTS_NAME).unlink(), rf"expected {WEIGHTS_NAME}, found {CONFIG_NAME}"),
+    "config is a folder": (lambda folder: [(folder / CONFIG_NAME).unlink(), (folder / CONFIG_NAME).mkdir()], "expected"),
+    "config is binary": (lambda folder: (folder / CONFIG_NAME).write_bytes(b"\xff\xfe\x00"), CONFIG_NAME),
+    "config is cut": (lambda folder: (folder / CONFIG_NAME).write_text('{"rank": 2'), rf"{CONFIG_NAME}: expected JSON"),
+    "unknown key": (config_damage(alpha=1), r"unknown keys \['alpha'\]"),
+    "newer format": (config_damage(format_version=2), "pip install -U less-cache"),
+    "other rank": (config_damage(rank=3), r"query_out: expected shape \[4, 4, 3\], got \[4, 4, 2\]"),
+    "more layers": (config_damage(layers=None, num_hidden_layers=3), "7 tensors are missing, the first is 'layers.2.key_in'"),
+    "fewer layers": (config_damage(layers=[0]), "7 unexpected tensors, the first is 'layers.1.key_in'"),
+    "huge sizes": (config_damage(hidden_size=10**6, head_dim=10**6, rank=10**6), "expected shape"),
+    "truncated": (truncate, "not a readable safetensors file"),
+    "same size, other content": (flip_a_bit, "expected sha256 [0-9a-f]{64}, got [0-9a-f]{64}: .* Download it again"),
+    "empty": (write_weights(b""), "not a readable safetensors file"),
+    "pickle": (write_weights(pickle.dumps({ONE: torch.zeros(2)})), r"not a readable safetensors file \(pickle is never read\)"),
+    "missing tensor": (tensor_damage(lambda tensors: tensors.pop(ONE)), f"1 tensors are missing, the first is '{ONE}'"),
+    "extra tensor": (
+        tensor_damage(lambda tensors: tensors.update(x=torch.zeros(1))),
+        "1 unexpected tensors, the first is 'x'",
+    ),
+    "other shape": (
+        tensor_damage(lambda tensors: tensors.update({ONE: torch.zeros(2, 2)})),
+        rf"{ONE}: expected shape \[2, 2, 2\], got \[2, 2\]",
+    ),
+    "other dtype": (
+        tensor_damage(lambda tensors: tensors.update({ONE: torch.zeros(2, 2, 2, dtype=torch.long)})),
+        f"{ONE}: expected F32, F16 or BF16, got I64",
+    ),
+    "NaN": (tensor_damage(lambda tensors: tensors[ONE].fill_(torch.nan)), f"{ONE} holds NaN or infinity"),
+    "infinity": (tensor_damage(lambda tensors: tensors[ONE][0, 0, :1].fill_(-torch.inf)), f"{ONE} holds NaN or infinity"),
+}
+
+
+@pytest.mark.parametrize("damage, message", DAMAGES.values(), ids=DAMAGES)
+def test_damaged_folder(folder, damage, message):
+    damage(folder)
+    with pytest.raises(LESSError, match=message) as caught:
+        LESSKernels.from_pretrained(folder)
+    assert str(folder) in str(caught.value)
+
+
+def test_a_pickle_is_never_loaded(folder, tmp_path_factory):
+    trace = tmp_path_factory.mktemp("trace") / "trace"
+
+    class Malicious:
+        def __reduce__(self):
+            return open, (str(trace), "w")
+
+    for write in (torch.save, lambda thing, path: path.write_bytes(pickle.dumps(thing))):
+        for name in (WEIGHTS_NAME, CONFIG_NAME):
+            small_kernels().save_pretrained(folder)
+            write({ONE: Malicious()}, folder / name)
+            if name == WEIGHTS_NAME:
+                change_config(folder, sha256=None)
+            with pytest.raises(LESSError):
+                LESSKernels.from_pretrained(folder)
+    assert not trace.exists()
+
+
+NOWHERE = {
+    "no such folder": ("/no/such/folder", "no such folder"),
+    "not in the local cache": ("someone/some-kernels", "not in the local cache, and the Hub cannot be reached"),
+    "no valid id": ("not a valid id!", "no such folder, and not a valid id"),
+    "long": ("x" * 5_000, "no such folder"),
+    "null": ("a\0b", "no such folder"),
+    "file": (__file__, "got the file"),
+    "empty": ("", "expected"),
+}
+
+
+@pytest.mark.parametrize("name, message", NOWHERE.values(), ids=NOWHERE)
+def test_no_such_kernels(name, message, tmp_path, monkeypatch):
+    """conftest.py keeps the Hub out of reach."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(LESSError, match=message):
+        LESSKernels.from_pretrained(name)
+
+
+# What is wrong when saving
+
+
+def fail_at(call: int, function):
+    """`function`, but its call number `call` finds the disk full."""
+    calls = []
+
+    def failing(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == call:
+            raise OSError(28, "No space left on device")
+        return function(*args, **kwargs)
+
+    return failing
+
+
+@pytest.mark.parametrize("call", [1, 2], ids=["weights", "config"])
+def test_full_disk_leaves_the_old_files(folder, monkeypatch, call):
+    before = contents(folder)
+    monkeypatch.setattr(os, "fsync", fail_at(call, os.fsync))
+    with pytest.raises(OSError):
+        small_kernels(seed=1).save_pretrained(folder)
+    assert contents(folder) == before
+
+
+WRONG_KERNELS = {
+    "NaN": lambda kernels: kernels.layers["1"].key_mix.fill_(torch.nan),
+    "infinity": lambda kernels: kernels.layers["0"].query_in[0, 0, :1].fill_(torch.inf),
+    "config that is no JSON": lambda kernels: kernels.config.training.update(optimizer=torch.optim.Adam),
+}
+
+
+@pytest.mark.parametrize("spoil", WRONG_KERNELS.values(), ids=WRONG_KERNELS)
+def test_kernels_that_cannot_be_saved_leave_the_old_files(folder, spoil):
+    before = contents(folder)
+    kernels = small_kernels(seed=1)
+    spoil(kernels)
+    with pytest.raises(LESSError):
+        kernels.save_pretrained(folder)
+    assert contents(folder) == before
+
+
+def test_saving_where_a_file_is(tmp_path):
+    (tmp_path / "file").write_text("keep me")
+    with pytest.raises((LESSError, OSError)):
+        small_kernels().save_pretrained(tmp_path / "file")
+    assert contents(tmp_path) == {"file": b"keep me"}
+
+
+# Fuzzing
+
+CONTENTS = st.lists(
+    st.tuples(st.integers(0, 4_000), st.binary(max_size=6), st.integers(0, 40)), min_size=1, max_size=4
+)  # (where, what is put in, how much is taken out)
+
+
+@pytest.fixture(scope="module")
+def saved() -> dict[str, bytes]:
+    with tempfile.TemporaryDirectory() as name:
+        small_kernels().save_pretrained(name)
+        change_config(Path(name), sha256=None)
+        return contents(Path(name))
+
+
+@pytest.mark.parametrize("damaged", [CONFIG_NAME, WEIGHTS_NAME])
+@given(changes=CONTENTS)
+def test_fuzzed_bytes(saved, damaged, changes):
+    content = saved[damaged]
+    for start, inserted, removed in changes:
+        start %= len(content) or 1
+        content = content[:start] + inserted + content[start + removed :]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for file_name, old in saved.items():
+            (folder / file_name).write_bytes(content if file_name == damaged else old)
+        try:
+            kernels = LESSKernels.from_pretrained(folder)
+        except LESSError as error:
+            assert name in str(error)
+        else:
+            assert all(torch.isfinite(parameter).all() for parameter in kernels.parameters())

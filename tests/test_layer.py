@@ -1,0 +1,535 @@
+"""A raw layer, fed as a model would: against the oracle, its invariants, its memory."""
+
+import contextlib
+import dataclasses
+import weakref
+from unittest import mock
+
+import pytest
+import tiny
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import SEEDS, Case, cases, partitions
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from less_cache import CORM, H2O, POLICIES, LESSError, SinkRecent
+from less_cache.layer import LESSLayer
+from less_cache.reference import reference_attention
+
+STEP_POLICIES = [H2O(2, 3), SinkRecent(2, 3), CORM(3, 2)]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small_blocks():
+    """Small inner blocks, so that a dozen tokens reach every path."""
+    with mock.patch.multiple("less_cache.layer", QUERY_BLOCK=3, SPARE_SLOTS=2):
+        yield
+
+
+def feed_block_by_block(layer: LESSLayer, case: Case, **attention):
+    """Feed the blocks of a case; yields the tokens seen, the last block's slice and its outputs after each."""
+    start = 0
+    for n in case.blocks:
+        block = slice(start, start + n)
+        output = tiny.feed(layer, *(states[:, :, block] for states in case.states), [n], case.real, **attention)
+        start += n
+        yield start, block, output
+
+
+def feed(case: Case, layer: LESSLayer | None = None) -> tuple[LESSLayer, torch.Tensor]:
+    """The layer after all blocks of a case, and its outputs `[b, h, T, d]`."""
+    layer = layer or case.layer()
+    return layer, tiny.feed(layer, *case.states, case.blocks, case.real)
+
+
+def assert_same_state(layer: LESSLayer, other: LESSLayer) -> None:
+    assert tiny.held_positions(layer) == tiny.held_positions(other)
+    if layer.state is not None:
+        torch.testing.assert_close(layer.state.values_sum, other.state.values_sum)
+        torch.testing.assert_close(layer.state.features_sum, other.state.features_sum)
+
+
+def assert_same_outputs(output: torch.Tensor, expected: torch.Tensor, real: torch.Tensor) -> None:
+    """Equal `[b, h, T, d]` wherever a token is not padding, `real` `[b, T]`."""
+    wanted = real[:, None, :, None].expand_as(output)
+    torch.testing.assert_close(output[wanted], expected[wanted].to(output.dtype), rtol=1e-4, atol=1e-5)
+
+
+# Against the oracle
+
+
+@pytest.mark.parametrize("padding", ["none", "left", "anywhere"])
+@pytest.mark.parametrize("name", POLICIES)
+@given(st.data())
+def test_layer_equals_the_reference(name, padding, data):
+    case = data.draw(cases(name, padding=padding, fractions=True))
+    h = case.states[0].shape[1]
+    attention = {
+        "scaling": data.draw(st.sampled_from([0.3, 1.0])),
+        "softcap": data.draw(st.sampled_from([None, 3.0])),
+        "s_aux": data.draw(st.sampled_from([None, torch.linspace(-1, 2, h)])),
+    }
+    options = {"scaling": attention["scaling"], "softcap": attention["softcap"], "sinks": attention["s_aux"]}
+    expected, kept = reference_attention(*case.states, case.policy, case.blocks, case.kernels, case.real, **options)
+    layer, real = case.layer(), case.real_tokens()
+    fed = feed_block_by_block(layer, case, additive_mask=data.draw(st.booleans()), **attention)
+    for (seen, block, output), kept_after in zip(fed, kept, strict=True):
+        assert torch.equal(tiny.held_tokens(layer, real[:, :seen]), kept_after[..., :seen])
+        assert_same_outputs(output, expected[:, :, block], real[:, block])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", POLICIES)
+@given(st.data())
+def test_half_precision_is_used_for_slots_and_outputs_alone(name, dtype, data):
+    case = data.draw(cases(name, kernels=True))
+    case.states = tuple(states.to(dtype) for states in case.states)
+    expected, kept = reference_attention(*case.states, case.policy, case.blocks, case.kernels)
+    layer, output = feed(case)
+    assert torch.equal(tiny.held_tokens(layer, case.real_tokens()), kept[-1])
+    assert layer.keys.dtype == layer.values.dtype == output.dtype == dtype
+    resolution = torch.finfo(dtype).eps
+    torch.testing.assert_close(output.double(), expected, rtol=resolution, atol=resolution)
+    key_features = case.kernels.key_features(case.states[1]) * ~kept[-1].unsqueeze(-1)
+    torch.testing.assert_close(layer.state.features_sum, key_features.sum(dim=2))
+    torch.testing.assert_close(layer.state.values_sum, key_features.transpose(-1, -2) @ case.states[2].float())
+
+
+@given(SEEDS, partitions())
+def test_a_budget_of_all_tokens_gives_ordinary_attention(seed, blocks):
+    states = tiny.random_states(2, 4, 2, sum(blocks), 4, seed=seed)
+    layer = LESSLayer(H2O(heavy=max(sum(blocks) - 1, 1), recent=1), tiny.layer_kernels(4, 2, 4, seed=seed), layer_idx=0)
+    output = tiny.feed(layer, *states, blocks)
+    expected, _ = tiny.plain_attention(None, *states, None, scaling=0.5)
+    torch.testing.assert_close(output, expected.transpose(1, 2))
+    assert layer.state.features_sum.eq(0).all()
+
+
+# What is kept and what is folded
+
+
+@pytest.mark.parametrize("name", POLICIES)
+@given(st.data())
+def test_every_token_seen_is_either_kept_or_folded_once(name, data):
+    case = data.draw(cases(name, padding="anywhere", kernels=True, fractions=True))
+    query, key, _ = case.states
+    b, g, length, _ = key.shape
+    # Token j has value e_j, so column j of H is ψ(k_j) as often as j was folded in.
+    case.states = query, key, torch.eye(length).expand(b, g, length, length)
+    real, key_features = case.real_tokens(), case.kernels.key_features(key)  # [b, g, T, r]
+    layer = case.layer()
+    for seen, _, _ in feed_block_by_block(layer, case):
+        held = tiny.held_tokens(layer, real[:, :seen])  # [b, g, seen]
+        folded = real[:, None, :seen] & ~held
+        expected = (key_features[:, :, :seen] * folded.unsqueeze(-1)).transpose(-1, -2)
+        torch.testing.assert_close(layer.state.values_sum[..., :seen], expected)
+
+
+@pytest.mark.parametrize("name", POLICIES)
+@given(st.data())
+def test_state_equals_the_closed_form_sum_over_the_evicted(name, data):
+    case = data.draw(cases(name, padding="left", kernels=True))
+    _, key, value = case.states
+    _, kept = reference_attention(*case.states, case.policy, case.blocks, case.kernels, case.real)
+    evicted = case.real_tokens().unsqueeze(1) & ~kept[-1]  # [b, g, T]
+    key_features = case.kernels.key_features(key) * evicted.unsqueeze(-1)  # [b, g, T, r]
+    layer, _ = feed(case)
+    torch.testing.assert_close(layer.state.values_sum, torch.einsum("bgtr,bgtd->bgrd", key_features, value))
+    torch.testing.assert_close(layer.state.features_sum, key_features.sum(dim=2))
+
+
+@pytest.mark.parametrize("name", POLICIES)
+@given(st.data())
+def test_slots_hold_the_protected_and_no_more_than_the_budget(name, data):
+    case = data.draw(cases(name, padding="left"))
+    policy, layer, real = case.policy, case.layer(), case.real_tokens()
+    for tokens, _, _ in feed_block_by_block(layer, case):
+        seen = real[:, :tokens].sum(dim=-1).tolist()
+        assert layer.get_seq_length() == tokens
+        for row, heads in enumerate(tiny.held_positions(layer)):
+            for positions in heads:
+                assert len(set(positions)) == len(positions)
+                assert all(0 <= position < seen[row] for position in positions)
+                assert set(range(max(seen[row] - policy.recent, 0), seen[row])) <= set(positions)
+                if isinstance(policy, SinkRecent):
+                    assert set(range(min(policy.sinks, seen[row]))) <= set(positions)
+                if name != "corm":
+                    budget = sum(getattr(policy, field.name) for field in dataclasses.fields(policy))
+                    assert len(positions) == min(seen[row], budget)
+                    assert layer.keys.shape[2] == budget + 1
+
+
+@pytest.mark.parametrize("name", POLICIES)
+@given(st.data())
+def test_slots_hold_the_keys_and_values_of_their_tokens(name, data):
+    case = data.draw(cases(name))
+    _, key, value = case.states
+    layer = case.layer()
+    for _ in feed_block_by_block(layer, case):
+        alive = layer.positions >= 0
+        at = layer.positions.clamp_min(0).long().unsqueeze(-1)  # [b, g, c, 1]
+        for slots, states in ((layer.keys, key), (layer.values, value)):
+            expected = states.gather(2, at.expand(*at.shape[:3], states.shape[-1]))
+            assert torch.equal(slots[alive], expected[alive])
+
+
+@pytest.mark.parametrize("name", POLICIES)
+@given(st.data())
+def test_kernels_never_change_what_is_kept(name, data):
+    case = data.draw(cases(name, padding="left", kernels=True, fractions=True))
+    layer, _ = feed(case)
+    without_kernels, _ = feed(dataclasses.replace(case, kernels=None))
+    assert torch.equal(layer.positions, without_kernels.positions)
+    assert torch.equal(layer.scores, without_kernels.scores)
+
+
+# How tokens are fed
+
+
+class BlockLayer(LESSLayer):
+    """A layer that takes single tokens through the path for blocks."""
+
+    def _step(self, query_states, key_states, value_states, real, *attention):
+        return self._block(query_states, key_states, value_states, None, real, *attention)
+
+
+@pytest.mark.parametrize("name", POLICIES)
+@given(st.data())
+def test_a_step_equals_a_block_of_one(name, data):
+    blocks = st.builds(lambda prompt, steps: [prompt] + [1] * steps, st.integers(1, 8), st.integers(1, 12))
+    case = data.draw(cases(name, blocks=blocks, padding="anywhere"))
+    layer, output = feed(case)
+    block_layer, expected = feed(case, BlockLayer(case.policy, case.kernels, layer_idx=0))
+    assert_same_outputs(output, expected, case.real_tokens())
+    assert_same_state(layer, block_layer)
+
+
+@given(cases("sink_recent", padding="left"), partitions())
+def test_sinks_and_recent_are_the_same_however_they_are_fed(case, other_blocks):
+    length = sum(case.blocks)
+    layer, _ = feed(case)
+    rest = max(length - sum(other_blocks), 0)
+    partition = [n for n in torch.arange(length).split([*other_blocks, rest]) if len(n)] if rest else [range(length)]
+    for blocks in ([length], [1] * length, [len(block) for block in partition]):
+        other, _ = feed(dataclasses.replace(case, blocks=blocks))
+        assert_same_state(layer, other)
+
+
+@pytest.mark.parametrize("policy", [H2O(2, 2), CORM(2, 2)])
+def test_feeding_matters_where_the_docstring_says_so(policy):
+    states = tiny.random_states(1, 2, 1, 24, 4, seed=3)
+    layers = [LESSLayer(policy, None, layer_idx=0) for _ in range(3)]
+    for layer, blocks in zip(layers, ([24], [12, 12], [1] * 24), strict=True):
+        tiny.feed(layer, *states, blocks)
+    assert len({str(tiny.held_positions(layer)) for layer in layers}) == 3
+
+
+# Batches and padding
+
+
+def row_alone(case: Case, row: int) -> tuple[LESSLayer, torch.Tensor]:
+    """A row of a case on its own, without its padding."""
+    real = case.real_tokens()[row]
+    blocks = [int(block.sum()) for block in real.split(case.blocks)]
+    states = tuple(each[row : row + 1, :, real] for each in case.states)
+    return feed(dataclasses.replace(case, blocks=[n for n in blocks if n], real=None, states=states))
+
+
+def assert_rows_equal_their_unpadded_runs(case: Case) -> None:
+    layer, output = feed(case)
+    for row, real in enumerate(case.real_tokens()):
+        if not real.any():
+            assert tiny.held_positions(layer)[row] == [[]] * layer.positions.shape[1]
+            continue
+        alone, expected = row_alone(case, row)
+        torch.testing.assert_close(output[row : row + 1, :, real], expected, rtol=1e-4, atol=1e-5)
+        assert tiny.held_positions(layer)[row] == tiny.held_positions(alone)[0]
+        if layer.state is not None:
+            torch.testing.assert_close(layer.state.values_sum[row], alone.state.values_sum[0])
+            torch.testing.assert_close(layer.state.features_sum[row], alone.state.features_sum[0])
+
+
+@pytest.mark.parametrize("padding", ["left", "anywhere"])
+@pytest.mark.parametrize("name", POLICIES)
+@given(st.data())
+def test_padding_changes_nothing(name, padding, data):
+    assert_rows_equal_their_unpadded_runs(data.draw(cases(name, padding=padding)))
+
+
+@pytest.mark.parametrize("name", POLICIES)
+@given(st.data())
+def test_padding_changes_no_fraction_of_the_prompt(name, data):
+    case = data.draw(cases(name, padding="left", fractions=True))
+    case.real[:, case.blocks[0] - 1 :] = True  # all of the padding is in the prompt
+    assert_rows_equal_their_unpadded_runs(case)
+
+
+@pytest.mark.parametrize("name", POLICIES)
+@given(st.data())
+def test_permuting_the_batch_permutes_the_result(name, data):
+    case = data.draw(cases(name, padding="left", fractions=True))
+    b = len(case.real)
+    order = torch.tensor(data.draw(st.permutations(range(b))))
+    permuted = dataclasses.replace(case, real=case.real[order], states=tuple(states[order] for states in case.states))
+    layer, output = feed(case)
+    permuted_layer, permuted_output = feed(permuted)
+    assert_same_outputs(permuted_output, output[order], permuted.real)
+    layer.batch_select_indices(order)
+    assert_same_state(permuted_layer, layer)
+
+
+@pytest.mark.parametrize("policy", STEP_POLICIES)
+def test_rows_can_be_reordered_and_repeated_between_steps(policy):
+    states = tiny.random_states(3, 4, 2, 20, 4)
+    beams = torch.tensor([2, 0, 0])
+    kernels = tiny.layer_kernels(4, 2, 4)
+    reordered = [states[:, :, :14] for states in states], [states[:, :, 14:] for states in states]
+    layer, expected_layer = LESSLayer(policy, kernels, 0), LESSLayer(policy, kernels, 0)
+    tiny.feed(layer, *reordered[0], [12, 1, 1])
+    layer.reorder_cache(beams)
+    layer.batch_repeat_interleave(2)
+    twice = beams.repeat_interleave(2)
+    output = tiny.feed(layer, *(states[twice] for states in reordered[1]), [1] * 6)
+    tiny.feed(expected_layer, *(states[twice] for states in reordered[0]), [12, 1, 1])
+    expected = tiny.feed(expected_layer, *(states[twice] for states in reordered[1]), [1] * 6)
+    torch.testing.assert_close(output, expected)
+    assert_same_state(layer, expected_layer)
+
+
+# Fractions of the prompt
+
+
+def test_fractions_grow_with_the_chunks_of_a_prompt_and_freeze_at_the_first_step():
+    states = tiny.random_states(2, 2, 1, 40, 4)
+    real = torch.ones(2, 40, dtype=torch.bool)
+    real[1, :8] = False
+    layer = LESSLayer(H2O(heavy=0.25, recent=0.5), None, layer_idx=0)
+    history = []
+    start = 0
+    for n in (12, 8, 1, 1, 10, 1, 7):
+        tiny.feed(layer, *(each[:, :, start : start + n] for each in states), [n], real)
+        start += n
+        history.append(layer.counts.tolist())
+    frozen = [[5, 10], [3, 6]]
+    assert history == [[[3, 6], [1, 2]], *[frozen] * 6]
+    assert [len(heads[0]) for heads in tiny.held_positions(layer)] == [15, 9]
+
+
+# CORM
+
+
+def test_corm_heads_differ_in_length():
+    query, key, value = tiny.random_states(1, 2, 2, 30, 4)
+    key[:, 1] = 0  # every token of head 1 gets the mean weight
+    layer = LESSLayer(CORM(window=4, recent=2), tiny.layer_kernels(2, 2, 4), layer_idx=0)
+    tiny.feed(layer, query, key, value, [10] + [1] * 20)
+    first, second = tiny.held_positions(layer)[0]
+    assert len(first) < len(second)
+    assert layer.state.features_sum[0, 0].sum() > 0
+
+
+def test_corm_slots_grow_and_shrink_with_what_is_held():
+    """Uniform attention keeps all; then every query wants the newest token alone, and the older ones go."""
+    length = 40
+    query, key, value = torch.ones(1, 1, length, 2), torch.zeros(1, 1, length, 2), torch.randn(1, 1, length, 2)
+    key[:, :, 20:] = 9 * torch.arange(1, 21).view(-1, 1)  # each key is far above all before
+    layer = LESSLayer(CORM(window=3, recent=2), None, layer_idx=0)
+    slots, held = [], []
+    for _ in feed_block_by_block(layer, Case(layer.policy, None, [4] + [1] * 36, None, (query, key, value))):
+        slots.append(layer.positions.shape[-1])
+        held.append(len(tiny.held_positions(layer)[0][0]))
+    assert max(held[:17]) >= 19 and held[-1] <= 5
+    assert max(slots) >= 20 and slots[-1] <= 2 * (held[-1] + 2)
+    positions = layer.positions[0, 0]
+    assert torch.equal(layer.values[0, 0, positions >= 0], value[0, 0, positions[positions >= 0].long()])
+
+
+# Memory
+
+
+def tensors_of(layer: LESSLayer) -> list[torch.Tensor]:
+    """Every tensor that a layer refers to, kernels apart."""
+    held = [each for each in vars(layer).values() if isinstance(each, torch.Tensor)]
+    return held + ([layer.state.values_sum, layer.state.features_sum] if layer.state is not None else [])
+
+
+def storage_bytes(layer: LESSLayer) -> int:
+    return sum(each.untyped_storage().nbytes() for each in tensors_of(layer))
+
+
+MODULE = torch.nn.Identity().eval()
+
+
+def attend(layer: LESSLayer, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """One block, with nothing around the layer's own operations."""
+    key, value = layer.update(key, value)
+    return layer.attend(tiny.plain_attention, MODULE, query, key, value, None, scaling=0.5)[0]
+
+
+class ShapeLimit(TorchDispatchMode):
+    """Fails where an operation gives a tensor with a dimension above `most`, or concatenates though it must not."""
+
+    def __init__(self, most: int, may_concatenate: bool = False):
+        super().__init__()
+        self.most = most
+        self.may_concatenate = may_concatenate
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if not self.may_concatenate:
+            assert function.name().split(".")[0] not in ("aten::cat", "aten::stack"), f"{function} in a step"
+        result = function(*args, **(kwargs or {}))
+        for each in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(each, torch.Tensor):
+                assert max(each.shape, default=0) <= self.most, f"{function} gave shape {list(each.shape)}"
+        return result
+
+
+@pytest.mark.parametrize("policy", [H2O(4, 5), SinkRecent(4, 5)])
+def test_memory_stays_the_same_from_10_to_2000_steps(policy):
+    budget, limit = 9, 10
+    layer = LESSLayer(policy, tiny.layer_kernels(2, 2, 4), layer_idx=0)
+    tiny.feed(layer, *tiny.random_states(1, 2, 2, 30, 4), [30])
+    held = []
+    for steps in (10, 1990):
+        for each in range(steps):
+            states = tiny.random_states(1, 2, 2, 1, 4, seed=each)
+            with ShapeLimit(limit) if each < 50 else contextlib.nullcontext():
+                attend(layer, *states)
+        pointers = [each.data_ptr() for each in (layer.keys, layer.values, layer.positions, layer.state.values_sum)]
+        held.append((pointers, storage_bytes(layer), [each.shape for each in tensors_of(layer)]))
+    assert held[0] == held[1]
+    assert layer.keys.shape[2] == budget + 1
+    assert layer.get_seq_length() == 2030
+
+
+@pytest.mark.parametrize("policy", STEP_POLICIES)
+def test_nothing_of_a_block_stays_referenced(policy):
+    layer = LESSLayer(policy, tiny.layer_kernels(2, 2, 4), layer_idx=0)
+    for n in (40, 1, 16, 1):
+        states = tiny.random_states(1, 2, 2, n, 4)
+        storages = {each.untyped_storage().data_ptr() for each in states}
+        references = [weakref.ref(each) for each in states]
+        query, key, value = states
+        key, value = layer.update(key, value)
+        references += [weakref.ref(key), weakref.ref(value)]
+        layer.attend(tiny.plain_attention, MODULE, query, key, value, None, scaling=0.5)
+        assert storages.isdisjoint(each.untyped_storage().data_ptr() for each in tensors_of(layer))
+        for each in tensors_of(layer):
+            assert each.untyped_storage().nbytes() == each.numel() * each.element_size()
+        del states, query, key, value
+        assert all(reference() is None for reference in references)
+
+
+@pytest.mark.parametrize("policy", [H2O(4, 5), SinkRecent(4, 5)])
+def test_chunks_hold_at_most_the_budget_and_one_chunk(policy):
+    budget, chunk = 9, 16
+    layer = LESSLayer(policy, tiny.layer_kernels(2, 2, 4), layer_idx=0)
+    states = tiny.random_states(1, 2, 2, 20 * chunk, 4)
+    for query, key, value in zip(*(each.split(chunk, dim=2) for each in states), strict=True):
+        with ShapeLimit(budget + 1 + chunk, may_concatenate=True):
+            attend(layer, query, key, value)
+        assert layer.keys.shape[2] == layer.values.shape[2] == budget + 1
+    assert layer.get_seq_length() == 20 * chunk
+
+
+# Numbers at the end of their range
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_everything_stays_finite_over_20000_adversarial_steps(dtype):
+    """Keys and values up to the largest whose product is finite, identical, zero, tiny, or all in turn."""
+    steps, d = 20_000, 4
+    largest = min(torch.finfo(dtype).max, 1e15)
+    sizes = torch.tensor([largest, largest, 1.0, 0.0, 1e-7]).to(dtype)
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (
+        (torch.randint(-1, 2, (steps, 1, 1, 1, d), generator=generator).to(dtype))
+        * sizes[torch.randint(0, len(sizes), (steps,), generator=generator)].view(-1, 1, 1, 1, 1)
+        for _ in range(3)
+    )
+    key[5000:8000] = key[4999]  # identical keys, then also identical values
+    key[8000:12000] = largest
+    query[8000:12000] = largest
+    value[8000:12000] = largest
+    layer = LESSLayer(H2O(heavy=2, recent=2), tiny.layer_kernels(1, 1, d), layer_idx=0)
+    finite = torch.tensor(True)
+    for step in range(steps):
+        finite &= attend(layer, query[step], key[step], value[step]).isfinite().all()
+    assert finite
+    assert layer.state.values_sum.isfinite().all() and layer.state.features_sum.isfinite().all()
+    assert layer.scores.isfinite().all()
+    assert tiny.held_positions(layer)[0][0][2:] == [steps - 2, steps - 1]
+
+
+# Errors
+
+
+def used_layer(policy=STEP_POLICIES[0]) -> LESSLayer:
+    layer = LESSLayer(policy, None, layer_idx=3)
+    tiny.feed(layer, *tiny.random_states(2, 2, 1, 6, 4), [6])
+    return layer
+
+
+@pytest.mark.parametrize(
+    ("attention", "message"),
+    [
+        ({"dropout": 0.1}, r"Layer 3 \(Identity\): expected no attention dropout, got 0.1"),
+        ({"sliding_window": 4}, r"expected full attention, got"),
+        ({"position_bias": torch.zeros(1)}, r"argument 'position_bias' is not supported"),
+    ],
+)
+def test_attention_that_would_compute_something_else_is_refused(attention, message):
+    with pytest.raises(LESSError, match=message):
+        tiny.feed(used_layer(), *tiny.random_states(2, 2, 1, 1, 4), [1], **attention)
+
+
+def test_training_mode_is_refused():
+    layer = used_layer()
+    query, key, value = tiny.random_states(2, 2, 1, 1, 4)
+    key, value = layer.update(key, value)
+    with pytest.raises(LESSError, match=r"training mode.*call model.eval\(\)"):
+        layer.attend(tiny.plain_attention, torch.nn.Identity().train(), query, key, value, None)
+
+
+def test_keys_that_attention_never_read_are_reported():
+    layer = used_layer()
+    _, key, value = tiny.random_states(2, 2, 1, 1, 4)
+    layer.update(key, value)
+    with pytest.raises(LESSError, match="Layer 3: attention never read the last tokens"):
+        layer.update(key, value)
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [((2, 1, 0, 4), r"expected new tokens, got none"), ((3, 1, 1, 4), r"expected a batch of 2.*got 3")],
+)
+def test_a_block_that_does_not_follow_is_refused_and_nothing_is_lost(shape, message):
+    layer = used_layer()
+    before = tiny.held_positions(layer)
+    with pytest.raises(LESSError, match=message):
+        layer.update(torch.zeros(shape), torch.zeros(shape))
+    tiny.feed(layer, *tiny.random_states(2, 2, 1, 1, 4), [1])
+    assert layer.get_seq_length() == 7 and before != tiny.held_positions(layer)
+
+
+def test_a_mask_without_new_tokens_is_refused():
+    layer = used_layer()
+    with pytest.raises(LESSError, match=r"covers none of the 2 new tokens.*cache.reset\(\)"):
+        tiny.feed(layer, *tiny.random_states(2, 2, 1, 2, 4), [2], real=torch.zeros(2, 8, dtype=torch.bool))
+
+
+def test_only_nothing_can_be_cropped():
+    layer = used_layer()
+    layer.crop(0)
+    with pytest.raises(LESSError, match=r"crop\(-2\) is not supported"):
+        layer.crop(-2)
+
+
+def test_reset_forgets_everything():
+    layer, fresh = used_layer(), LESSLayer(STEP_POLICIES[0], None, layer_idx=3)
+    layer.reset()
+    assert layer.get_seq_length() == 0
+    states = tiny.random_states(1, 2, 1, 9, 4, seed=5)  # another batch size
+    torch.testing.assert_close(tiny.feed(layer, *states, [7, 1, 1]), tiny.feed(fresh, *states, [7, 1, 1]))
+    assert_same_state(layer, fresh)
