@@ -73,3 +73,65 @@ def demo(
     from less_cache.demo import run
 
     run(model, kernels, policy, budget, prompt_file, max_new_tokens)
+
+
+@app.command()
+def train(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder, .gguf file or Hub id.")],
+    data: Annotated[
+        list[Path], typer.Option(metavar="PATH", help="Text file or folder of .txt files; each gets the same share.")
+    ],
+    output: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the kernels. The same command line resumes there.")],
+    policy: Annotated[str, typer.Option(metavar="NAME", help="Policy to train with.")] = "h2o",
+    layerwise_steps: Annotated[int, typer.Option(min=0, help="Steps on every layer's own attention output.")] = 80,
+    joint_steps: Annotated[int, typer.Option(min=0, help="Steps on the model's output, all layers under LESS.")] = 200,
+    prompts_per_step: Annotated[int, typer.Option(min=1, help="Prompt lengths drawn for one step.")] = 2,
+    hidden_size: Annotated[int, typer.Option(min=1, help="Hidden size of φ and ψ.")] = 64,
+    dtype: Annotated[str, typer.Option(help="Type of the model's weights: float32 or bfloat16.")] = "float32",
+    seed: Annotated[int, typer.Option(help="Of the initial weights and of every draw.")] = 0,
+) -> None:
+    """Train kernels for a model: a folder that `LESSKernels.from_pretrained` reads."""
+    import torch
+
+    from less_cache.training.command import run
+    from less_cache.training.trainer import TrainingOptions
+
+    if dtype not in ("float32", "bfloat16"):
+        raise LESSError(f"Expected --dtype to be float32 or bfloat16, got {dtype!r}.")
+    options = TrainingOptions(
+        policy=policy,
+        layerwise_steps=layerwise_steps,
+        joint_steps=joint_steps,
+        prompts_per_step=prompts_per_step,
+        hidden_size=hidden_size,
+        seed=seed,
+    )
+    run(model, data, output, options, getattr(torch, dtype))
+
+
+evaluations = typer.Typer(no_args_is_help=True)
+app.add_typer(evaluations, name="eval", help="Measure quality.")
+
+
+@evaluations.callback()
+def measure() -> None:
+    """Measure quality."""
+
+
+@evaluations.command()
+def perplexity(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder, .gguf file or Hub id.")],
+    data: Annotated[list[Path], typer.Option(metavar="FILE", help="UTF-8 text; several share the sequences.")],
+    budgets: Annotated[list[int], typer.Option("--budget", metavar="TOKENS", help="Tokens that stay per KV head; repeatable.")],
+    kernels: Annotated[str | None, typer.Option(metavar="NAME", help="Folder or Hub id; without it, the policy alone.")] = None,
+    policy: Annotated[str, typer.Option(metavar="NAME", help="Which tokens stay: h2o, sink_recent or corm.")] = "h2o",
+    sequences: Annotated[int, typer.Option(min=1, help="Stretches of text, evenly spaced.")] = 16,
+    prompt_length: Annotated[int, typer.Option(min=2, help="Tokens read at once at the start of each.")] = 512,
+    decoded: Annotated[int, typer.Option(min=1, help="Tokens scored after the prompt, one by one.")] = 128,
+    batch_size: Annotated[int, typer.Option(min=1, help="Sequences at once.")] = 8,
+    output: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the JSON line here too.")] = None,
+) -> None:
+    """Perplexity of text decoded token by token: full cache, policy, policy with the state's bytes, and LESS."""
+    from less_cache.evaluation.command import run
+
+    run(model, kernels, policy, budgets, data, sequences, prompt_length, decoded, batch_size, output)

@@ -25,9 +25,12 @@ def policies(draw, name: str, fractions: bool = False) -> EvictionPolicy:
     return policy(**counts)
 
 
-def partitions(most_blocks: int = 8, most_tokens: int = 9) -> st.SearchStrategy[list[int]]:
-    """Block lengths: steps, chunks and anything between."""
-    return st.lists(st.integers(1, most_tokens) | st.just(1), min_size=1, max_size=most_blocks)
+def partitions() -> st.SearchStrategy[list[int]]:
+    """Block lengths, up to 40 tokens: chunks, each followed by steps."""
+    turns = st.lists(st.tuples(st.integers(1, 9), st.integers(0, 8)), min_size=1, max_size=3)
+    return turns.map(lambda turns: [n for chunk, steps in turns for n in [chunk] + [1] * steps]).filter(
+        lambda blocks: sum(blocks) <= 40
+    )
 
 
 @dataclasses.dataclass

@@ -1,5 +1,6 @@
 """Policies alone: what they keep, drop and protect, for columns that the tests make up."""
 
+import collections
 import dataclasses
 
 import pytest
@@ -93,31 +94,30 @@ def test_keep_never_drops_the_protected_nor_exceeds_capacity(name, data):
     assert (keep.sum(dim=-1, keepdim=True) <= policy.capacity(counts)).all()
 
 
-@given(st.integers(1, 6), st.integers(1, 4), st.integers(1, 12), st.integers(0, 2**16))
+@given(st.integers(1, 6), st.integers(1, 6), st.integers(1, 30), st.integers(0, 2**16))
 def test_corm_score_says_the_same_as_a_ring_of_bits(window, recent, steps, seed):
-    """Literal CORM: `window` bits a token, one for each of the last queries; evict at all-minor and full age."""
+    """Literal CORM: a ring of `window` bits a token, 1 where a query found it important; evicted when full and all 0."""
     generator = torch.Generator().manual_seed(seed)
-    policy, columns = CORM(window, recent), steps
-    counts = resolved(policy, 1)
-    scores = torch.zeros(1, 1, columns)
-    positions = torch.full((1, 1, columns), -1, dtype=torch.int32)
-    bits = [[] for _ in range(columns)]  # of the token at position c, in column c
-    held: set[int] = set()
+    policy = CORM(window, recent)
+    scores = torch.zeros(1, 1, steps)
+    positions = torch.full((1, 1, steps), -1, dtype=torch.int32)  # token t is in column t
+    rings = {}
     for t in range(steps):
         positions[..., t] = t
         scores[..., t] = policy.arrival(positions[..., t])
-        held.add(t)
-        weights = torch.rand(1, 1, 2, 1, columns, generator=generator) ** 3 * (positions >= 0)[:, :, None, None]
-        weights = weights / weights.sum(dim=-1, keepdim=True)  # [b, g, s, n, c]
+        rings[t] = collections.deque(maxlen=window)
+        logits = 4 * torch.randn(1, 1, 2, 1, steps, generator=generator)  # [b, g, s, n, c]: few tokens get most weight
+        weights = logits.masked_fill((positions < 0)[:, :, None, None], -torch.inf).softmax(dim=-1)
         scores = policy.observe(scores, weights, torch.tensor([[t]]))
-        keep = policy.keep(scores, positions, torch.tensor(t + 1).view(1, 1, 1), counts)
+        keep = policy.keep(scores, positions, torch.tensor(t + 1).view(1, 1, 1), resolved(policy, 1))
         positions = positions.masked_fill(~keep, -1)
-        for token in held:
-            bits[token] = [*bits[token], bool((weights[..., token] >= 1 / (t + 1)).any())][-window:]
-        # A token's own query gives no bit against it: it needs `window` minor queries after its arrival.
-        minor = {token for token in held if not any(bits[token]) and t - token >= window}
-        held -= {token for token in minor if token <= t - recent}
-        assert set(positions[positions >= 0].tolist()) == held
+        for token, ring in rings.items():
+            ring.append(bool((weights[..., token] >= 1 / (t + 1)).any()))
+        minor = [token for token, ring in rings.items() if len(ring) == window and not any(ring)]
+        for token in minor:
+            if token <= t - recent:
+                del rings[token]
+        assert positions[positions >= 0].tolist() == list(rings)
 
 
 def test_grouped_queries_are_pooled():

@@ -91,7 +91,7 @@ def test_every_layer_of_a_model_equals_the_reference(name, data):
 @given(st.data())
 def test_a_left_padded_row_equals_its_unpadded_single_run(name, fractions, data):
     model = data.draw(models)
-    prompt, later = data.draw(st.integers(1, 12)), data.draw(partitions(most_blocks=6))
+    prompt, later = data.draw(st.integers(1, 12)), data.draw(partitions())
     starts = data.draw(st.lists(st.integers(0, prompt - 1), min_size=1, max_size=2))
     length = prompt + sum(later)
     tokens = random_tokens(len(starts) + 1, length, data.draw(SEEDS))

@@ -11,9 +11,10 @@ from rich.progress import Progress
 from rich.table import Table
 
 from less_cache import models
+from less_cache.errors import LESSError
 from less_cache.evaluation.perplexity import Measurement, measure, stretches
 from less_cache.kernels import LESSKernels
-from less_cache.policies import POLICIES
+from less_cache.policies import policy_class
 from less_cache.version import __version__
 
 
@@ -31,8 +32,11 @@ def run(
 ) -> None:
     """Measure every budget on the same text; print a table each, then all of it as one JSON line."""
     console = Console(highlight=False, stderr=True)
-    policies = [POLICIES[policy_name].from_budget(budget) for budget in budgets]
+    policies = [policy_class(policy_name).from_budget(budget) for budget in budgets]
     kernels = LESSKernels.from_pretrained(kernels_name) if kernels_name else None
+    for path in data:
+        if not path.is_file():  # reported before the model is loaded
+            raise LESSError(f"Expected a text file, got {path}, which does not exist.")
     model, tokenizer = models.load(model_name)
     tokens = stretches(data, tokenizer, sequences, prompt_length + decoded)
     batches = -(-sequences // batch_size)

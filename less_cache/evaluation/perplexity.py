@@ -89,14 +89,14 @@ def measure(
 def with_state_bytes(policy: EvictionPolicy, kernels: LESSKernels, itemsize: int) -> EvictionPolicy:
     """The policy with as many more tokens as the low-rank state's bytes would hold, rounded up.
 
-    The state takes 4 (R·d + R) bytes a KV head, a token 2·d·itemsize. The first count of the policy grows.
+    The state takes 4 (R·d + R) bytes a KV head, a token 2·d·itemsize. The policy's last count, `recent`, grows.
     """
     if policy.is_fractional:
         raise LESSError(f"Expected token counts, got fractions: {policy}.")
     config = kernels.config
     tokens = math.ceil(4 * config.rank * (config.head_dim + 1) / (2 * config.head_dim * itemsize))
-    first = dataclasses.fields(policy)[0].name
-    return dataclasses.replace(policy, **{first: getattr(policy, first) + tokens})
+    last = dataclasses.fields(policy)[-1].name
+    return dataclasses.replace(policy, **{last: getattr(policy, last) + tokens})
 
 
 def _perplexity(

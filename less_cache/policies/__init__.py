@@ -17,12 +17,17 @@ def policy_from_dict(description: dict) -> EvictionPolicy:
     """The policy of `EvictionPolicy.to_dict`'s form, such as `{"name": "h2o", "heavy": 64, "recent": 64}`."""
     counts = dict(description)
     name = counts.pop("name", None)
-    if name not in POLICIES:
-        raise LESSError(f"Expected a policy name out of {sorted(POLICIES)}, got {name!r}.")
     try:
-        return POLICIES[name](**counts)
+        return policy_class(name)(**counts)
     except TypeError as error:
         raise LESSError(f"Policy {name!r} does not take {counts}: {error}.") from error
 
 
-__all__ = ["CORM", "H2O", "POLICIES", "EvictionPolicy", "SinkRecent", "policy_from_dict"]
+def policy_class(name: object) -> type[EvictionPolicy]:
+    """The policy of that name in `POLICIES`."""
+    if not isinstance(name, str) or name not in POLICIES:
+        raise LESSError(f"Expected a policy name out of {sorted(POLICIES)}, got {name!r}.")
+    return POLICIES[name]
+
+
+__all__ = ["CORM", "H2O", "POLICIES", "EvictionPolicy", "SinkRecent", "policy_class", "policy_from_dict"]

@@ -7,13 +7,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from less_cache import models
-from less_cache.training.data import TokenSampler
+from less_cache.training.data import TokenSampler, text_files
 from less_cache.training.trainer import TrainingOptions, train
 
 
 def run(model_name: str, data: list[Path], output: Path, options: TrainingOptions, dtype: torch.dtype) -> None:
     """Train, show how it goes, write `less_config.json` and `less_kernels.safetensors` into `output`."""
     console = Console(highlight=False)
+    for source in data:
+        text_files(source)  # a wrong path is reported before the model is loaded
     model, tokenizer = models.load(model_name, dtype=dtype)
     sampler = TokenSampler(data, tokenizer)
     columns = (

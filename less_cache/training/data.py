@@ -17,7 +17,7 @@ class TokenSampler:
     """
 
     def __init__(self, sources: Sequence[str | Path], tokenizer):
-        self.sources = [[_tokenize(path, tokenizer) for path in _files(Path(source))] for source in sources]
+        self.sources = [[_tokenize(path, tokenizer) for path in text_files(Path(source))] for source in sources]
 
     def batch(self, batch_size: int, length: int, generator: torch.Generator) -> torch.Tensor:
         """`[batch_size, length]` token ids."""
@@ -33,7 +33,8 @@ class TokenSampler:
         return torch.stack(rows)
 
 
-def _files(source: Path) -> list[Path]:
+def text_files(source: Path) -> list[Path]:
+    """The file, or the folder's `*.txt` files; an error where there is none."""
     files = sorted(source.glob("*.txt")) if source.is_dir() else [source]
     if not files or not all(file.is_file() for file in files):
         raise LESSError(f"Expected a text file or a folder of .txt files, got {source}.")

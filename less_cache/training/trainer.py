@@ -22,13 +22,14 @@ from less_cache.config import LESSConfig
 from less_cache.errors import LESSError
 from less_cache.families import check_supported, fingerprint, geometry
 from less_cache.kernels import LESSKernels
-from less_cache.policies import POLICIES, EvictionPolicy
+from less_cache.policies import EvictionPolicy, policy_class
 from less_cache.training.data import TokenSampler
 from less_cache.training.layers import StudentLayer, TeacherLayer, roll_layers
 from less_cache.training.simulate import Decode, attend, columns
 
 CHECKPOINT_NAME = "checkpoint.pt"
 LOG_NAME = "training_log.jsonl"
+USUAL_BUDGET = 0.05  # of the prompt: what a cache with these kernels keeps unless told otherwise
 OUTPUT_PROJECTIONS = ("o_proj", "dense", "out_proj", "c_proj")
 
 
@@ -57,15 +58,15 @@ class TrainingOptions:
     prompts: tuple[int, ...] = (128, 256, 384, 512)
     decoded: int = 128
     batch_size: int = 4
-    layerwise_steps: int = 300
-    joint_steps: int = 600
-    prompts_per_step: int = 4
+    layerwise_steps: int = 80
+    joint_steps: int = 200
+    prompts_per_step: int = 2
     layerwise_learning_rate: float = 2e-3
     joint_learning_rate: float = 1e-3
     rank: int = 8
     hidden_size: int = 64
     seed: int = 0
-    checkpoint_every: int = 50
+    checkpoint_every: int = 10
 
 
 def train(
@@ -84,6 +85,7 @@ def train(
         LESSError: The model cannot work with a LESSCache, the texts are too short, the loss is not finite, or the
             output folder holds a checkpoint of other options. What was reached stays in the folder.
     """
+    policy_class(options.policy)  # an unknown name fails before anything is written
     check_supported(model.config, model)
     hook.install()
     output.mkdir(parents=True, exist_ok=True)
@@ -156,8 +158,7 @@ class _Run:
     def finished(self) -> LESSKernels:
         """The kernels, with what they were trained on and with in their config."""
         config = self.kernels.config
-        fraction = math.sqrt(self.options.least_budget * self.options.most_budget)
-        config.policy = POLICIES[self.options.policy].from_budget(round(fraction, 3)).to_dict()
+        config.policy = policy_class(self.options.policy).from_budget(USUAL_BUDGET).to_dict()
         config.training = dataclasses.asdict(self.options)
         return self.kernels.requires_grad_(False)
 
@@ -180,7 +181,7 @@ class _Run:
         for prompt_length in options.prompts:
             fraction = math.exp(draw.uniform(math.log(options.least_budget), math.log(options.most_budget)))
             budget = max(2, round(fraction * (prompt_length + options.decoded)))
-            prompts.append((prompt_length, POLICIES[options.policy].from_budget(budget)))
+            prompts.append((prompt_length, policy_class(options.policy).from_budget(budget)))
         chosen = sorted(draw.sample(range(len(prompts)), min(len(prompts), options.prompts_per_step)))
         prompts = [prompts[index] for index in chosen]
         return tokens.to(self.model.device), prompts

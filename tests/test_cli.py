@@ -1,0 +1,93 @@
+"""The command line on a tiny model from disk: every command to its end, and bad input in one line."""
+
+import json
+
+import pytest
+import tiny
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
+from transformers import PreTrainedTokenizerFast
+from typer.testing import CliRunner
+
+from less_cache import LESSKernels
+from less_cache.cli import app
+
+TEXT = "It is a truth universally acknowledged, that a single man must be in want of a wife. " * 8
+
+
+@pytest.fixture
+def model(tmp_path):
+    """Folder of a tiny model whose tokens are characters."""
+    vocabulary = {chr(32 + index): index for index in range(tiny.VOCAB)}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="?"))
+    tokenizer.pre_tokenizer = Split("", "isolated")
+    folder = tmp_path / "model"
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="?").save_pretrained(folder)
+    tiny.tiny_llama().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT)
+    return path
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def test_demo_compares_full_policy_rival_and_less(model, text, tmp_path):
+    tiny.tiny_kernels(tiny.tiny_llama()).save_pretrained(tmp_path / "kernels")
+    result = run("demo", "--model", model, "--kernels", tmp_path / "kernels", "--prompt-file", text, "--max-new-tokens", 3)
+    assert result.exit_code == 0, result.output
+    for label in ("full cache", "h2o alone", "h2o, equal bytes", "LESS on h2o", "perplexity", "saved"):
+        assert label in result.output
+
+
+def test_demo_without_kernels_says_so(model, text):
+    result = run("demo", "--model", model, "--kernels", "none", "--prompt-file", text, "--max-new-tokens", 2, "--budget", 12)
+    assert result.exit_code == 0, result.output
+    assert "only the full cache and the policy" in result.output
+
+
+def test_train_then_evaluate(model, text, tmp_path):
+    steps = ("--layerwise-steps", 1, "--joint-steps", 1, "--prompts-per-step", 1, "--hidden-size", 4)
+    trained = run("train", model, "--data", text, "--output", tmp_path / "kernels", *steps)
+    assert trained.exit_code == 0, trained.output
+    assert LESSKernels.from_pretrained(tmp_path / "kernels").config.training["data"] == ["text.txt"]
+
+    lengths = ("--sequences", 2, "--prompt-length", 40, "--decoded", 8)
+    budgets = ("--budget", 8, "--budget", 12)
+    result = run("eval", "perplexity", model, "--data", text, "--kernels", tmp_path / "kernels", *budgets, *lengths)
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout.splitlines()[-1])
+    assert [row["cache"] for row in report["results"][0]] == ["full", "policy", "baseline+", "less"]
+    assert report["results"][1][1]["policy"] == {"name": "h2o", "heavy": 6, "recent": 6}
+
+
+BAD = {
+    "policy": (("demo", "--policy", "h3o"), "h3o"),
+    "budget": (("demo", "--budget", "0"), "got 0"),
+    "prompt file": (("demo", "--kernels", "none", "--prompt-file", "absent.txt"), "absent.txt"),
+    "kernels": (("demo", "--kernels", "./absent"), "absent"),
+    "training dtype": (("train", "MODEL", "--data", "TEXT", "--output", "OUT", "--dtype", "int8"), "int8"),
+    "training text": (("train", "MODEL", "--data", "absent", "--output", "OUT"), "absent"),
+    "evaluated policy": (("eval", "perplexity", "MODEL", "--data", "TEXT", "--budget", "8", "--policy", "h3o"), "h3o"),
+    "evaluated text": (("eval", "perplexity", "MODEL", "--data", "absent.txt", "--budget", "8"), "absent.txt"),
+    "too much text": (("eval", "perplexity", "MODEL", "--data", "TEXT", "--budget", "8"), "got 680 tokens"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_ends_in_one_line(name, model, text, tmp_path):
+    arguments, said = BAD[name]
+    folders = {"MODEL": model, "TEXT": text, "OUT": tmp_path / "out"}
+    result = run(*(folders.get(argument, argument) for argument in arguments))
+    assert result.exit_code == 1
+    *before, last = result.stderr.strip().splitlines()
+    assert last.startswith("error: ") and said in last
+    assert not [line for line in before if "Loading" not in line], "a traceback, or a second line"
+    assert not (tmp_path / "out").exists() or not any((tmp_path / "out").iterdir())
