@@ -33,7 +33,7 @@ def partitions() -> st.SearchStrategy[list[int]]:
     )
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(repr=False)
 class Case:
     """A raw layer, and the tokens that it is fed."""
 
@@ -41,7 +41,12 @@ class Case:
     kernels: LayerKernels | None
     blocks: list[int]
     real: torch.Tensor | None  # [b, T]
-    states: tuple[torch.Tensor, ...] = dataclasses.field(repr=False)  # queries [b, h, T, d], keys and values [b, g, T, d]
+    states: tuple[torch.Tensor, ...]  # queries [b, h, T, d], keys and values [b, g, T, d]
+
+    def __repr__(self) -> str:  # a failing example is read by people: shapes, not numbers
+        shapes = [list(states.shape) for states in self.states]
+        kernels = self.kernels is not None
+        return f"Case({self.policy}, kernels={kernels}, blocks={self.blocks}, real={self.real}, shapes={shapes})"
 
     def layer(self) -> LESSLayer:
         return LESSLayer(self.policy, self.kernels, layer_idx=0)

@@ -70,7 +70,7 @@ def test_padding_does_not_change_the_reference(name, data):
         alone = [states[row : row + 1, :, real] for states in case.states]
         blocks = [int(block.sum()) for block in real.split(case.blocks)]
         row_output, row_kept = reference_attention(*alone, case.policy, [n for n in blocks if n], case.kernels)
-        torch.testing.assert_close(output[row : row + 1, :, real], row_output)
+        torch.testing.assert_close(output[row : row + 1, :, real], row_output, rtol=1e-5, atol=1e-6)  # φ, ψ are float32
         assert torch.equal(kept[-1][row, :, real], row_kept[-1][0])
 
 
