@@ -216,7 +216,7 @@ class Malicious:
 
 
 @pytest.mark.parametrize(
-    "write", [torch.save, lambda thing, path: path.write_bytes(pickle.dumps(thing))], ids=["torch", "pickle"]
+    "write", [torch.save, lambda thing, path: path.write_bytes(pickle.dumps(thing, protocol=2))], ids=["torch", "pickle"]
 )
 def test_code_in_a_checkpoint_is_never_run(tmp_path, write):
     trace, path = tmp_path / "trace", tmp_path / "layer0.pt"

@@ -338,11 +338,12 @@ def test_corm_slots_grow_and_shrink_with_what_is_held():
     slots, held = [], []
     for _ in feed_block_by_block(layer, Case(layer.policy, None, [4] + [1] * 36, None, (query, key, value))):
         slots.append(layer.positions.shape[-1])
-        held.append(len(tiny.held_positions(layer)[0][0]))
+        positions = layer.positions[0, 0]
+        alive = positions >= 0
+        held.append(int(alive.sum()))
+        assert torch.equal(layer.values[0, 0, alive], value[0, 0, positions[alive].long()])
     assert max(held[:17]) >= 19 and held[-1] <= 5
     assert max(slots) >= 20 and slots[-1] <= 2 * (held[-1] + 2)
-    positions = layer.positions[0, 0]
-    assert torch.equal(layer.values[0, 0, positions >= 0], value[0, 0, positions[positions >= 0].long()])
 
 
 # Memory
