@@ -92,7 +92,10 @@ class LESSCache(Cache):
                 "Load them with LESSKernels.from_pretrained(…)."
             )
         if policy is None and kernels is not None and kernels.config.policy is not None:
-            policy = policy_from_dict(kernels.config.policy)
+            try:
+                policy = policy_from_dict(kernels.config.policy)
+            except LESSError as error:
+                raise LESSError(f"The kernels' config: {error} Pass policy= to use another.") from error
         if not isinstance(policy, EvictionPolicy):
             raise LESSError(f"LESSCache: expected a policy such as H2O(heavy=64, recent=64), got {policy!r}.")
         loaded_model = None if isinstance(model, PreTrainedConfig) else model
@@ -108,7 +111,8 @@ class LESSCache(Cache):
         if kernels is not None:
             check_kernels(kernels, config, full_attention, loaded_model)
         for index in full_attention:
-            layers[index] = LESSLayer(policy, kernels.for_layer(index) if kernels is not None else None, index)
+            layer_kernels = kernels.for_layer(index) if kernels is not None else None
+            layers[index] = LESSLayer(policy, layer_kernels, index, leads=index == full_attention[0])
         super().__init__(layers=layers)
         self.policy = policy
         self.kernels = kernels
@@ -125,6 +129,19 @@ class LESSCache(Cache):
     ) -> "LESSCache":
         """A cache with the kernels of a folder or Hub repository, and their policy unless another is given."""
         return cls(model, policy=policy, kernels=LESSKernels.from_pretrained(folder_or_repo, revision=revision, token=token))
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Called by the model's attention. Raises `LESSError` after a forward that ended between two layers."""
+        if getattr(self.layers[layer_idx], "leads", False):
+            lengths = {layer.cumulative_length for layer in self.layers if isinstance(layer, LESSLayer)}
+            if len(lengths) > 1:
+                raise LESSError(
+                    f"The last forward was interrupted between two layers (tokens seen: {sorted(lengths)}). "
+                    "Call cache.reset() and pass the whole conversation."
+                )
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def memory_footprint(self) -> MemoryFootprint:
         """Bytes held now, and what a full cache would take for as many tokens."""
@@ -163,7 +180,10 @@ def check_kernels(
         )
     model_type = config.get_text_config(decoder=True).model_type
     if described.model_type is not None and described.model_type != model_type:
-        raise LESSError(f"The kernels are for another architecture: expected {model_type!r}, got {described.model_type!r}.")
+        raise LESSError(
+            f"The kernels are for another architecture: expected {model_type!r}, got {described.model_type!r}. "
+            "Use kernels that were trained for this model."
+        )
     wanted = described.base_model_fingerprint
     if wanted is not None and model is not None and (actual := fingerprint(model)) != wanted:
         raise LESSError(

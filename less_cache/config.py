@@ -66,10 +66,17 @@ class LESSConfig:
         if indices is None or not all(type(index) is int and 0 <= index < self.num_hidden_layers for index in indices):
             raise LESSError(f"LESSConfig: expected layers to be indices below {self.num_hidden_layers}, got {self.layers!r}.")
         if len(set(indices)) != len(indices):
-            raise LESSError(f"LESSConfig: expected each layer once, got {self.layers!r}.")
+            raise LESSError(f"LESSConfig: expected layers to name each layer once, got {self.layers!r}.")
         for name in ("training", "metrics"):
             if not isinstance(getattr(self, name), dict):
                 raise LESSError(f"LESSConfig: expected {name} to be a JSON object, got {getattr(self, name)!r}.")
+        if self.policy is not None and not isinstance(self.policy, dict):
+            raise LESSError(f"LESSConfig: expected policy to be a JSON object or null, got {self.policy!r}.")
+        for name in ("model_type", "base_model", "base_model_fingerprint"):
+            if not isinstance(getattr(self, name), str | None):
+                raise LESSError(f"LESSConfig: expected {name} to be a string or null, got {getattr(self, name)!r}.")
+        if not isinstance(self.less_cache_version, str):
+            raise LESSError(f"LESSConfig: expected less_cache_version to be a string, got {self.less_cache_version!r}.")
         if self.sha256 is not None and not (isinstance(self.sha256, str) and re.fullmatch("[0-9a-f]{64}", self.sha256)):
             raise LESSError(f"LESSConfig: expected sha256 to be 64 hex digits, got {self.sha256!r}.")
 
@@ -82,7 +89,7 @@ class LESSConfig:
         """Read `to_json`'s form. A key this version does not know is an error: it may change the meaning of the rest."""
         try:
             entries = json.loads(text)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             raise LESSError(f"less_config.json: expected JSON, got an error: {error}") from error
         if not isinstance(entries, dict):
             raise LESSError(f"less_config.json: expected a JSON object, got {type(entries).__name__}.")
@@ -96,9 +103,9 @@ class LESSConfig:
         if unknown:
             raise LESSError(
                 f"less_config.json: unknown keys {unknown} (written by less-cache {written_by}; this is {__version__}). "
-                "Upgrade less-cache, or remove the keys if they were added by hand."
+                "Upgrade less-cache if it is older, or remove the keys if they were added by hand."
             )
         try:
             return cls(**entries)
         except TypeError as error:
-            raise LESSError(f"less_config.json: {error}.") from error
+            raise LESSError(f"less_config.json: an entry is missing: {str(error).split('__init__() ')[-1]}.") from error

@@ -47,7 +47,13 @@ def geometry(config: PreTrainedConfig) -> Geometry:
         num_key_value_heads = 1 if multi_query else num_attention_heads  # the new architecture repeats its KV heads
     else:
         num_key_value_heads = getattr(config, "num_key_value_heads", None) or num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // num_attention_heads
+    try:
+        head_dim = getattr(config, "head_dim", None)
+    except RuntimeError as error:  # gemma4: the size differs by layer
+        raise LESSError(
+            f"{config.model_type!r}: its attention sizes differ by layer; kernels for it are not supported."
+        ) from error
+    head_dim = head_dim or config.hidden_size // num_attention_heads
     return Geometry(config.num_hidden_layers, num_attention_heads, num_key_value_heads, head_dim)
 
 
@@ -57,8 +63,9 @@ def check_supported(config: PreTrainedConfig, model: PreTrainedModel | None = No
         raise LESSError(f"Expected a decoder-only model, got {config.model_type!r}, an encoder-decoder model.")
     config = config.get_text_config(decoder=True)
     model_type = config.model_type
-    if model_type in REFUSED:
-        raise LESSError(f"LESSCache cannot work with {model_type!r}: {REFUSED[model_type]}. Use a DynamicCache.")
+    reason = REFUSED.get(model_type) or (MLA if getattr(config, "kv_lora_rank", None) else None)
+    if reason is not None:
+        raise LESSError(f"LESSCache cannot work with {model_type!r}: {reason}. Use a DynamicCache.")
     if model_type == "falcon":
         if config.alibi:
             raise LESSError(f"LESSCache cannot work with this Falcon model: {ALIBI}. Use a DynamicCache.")

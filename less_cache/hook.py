@@ -76,7 +76,7 @@ def _falcon_forward(original: Callable) -> Callable:
         position_embeddings=None,
         **kwargs,
     ):
-        if layer_past is None or not hasattr(layer_past.layers[self.layer_idx], "attend"):
+        if layer_past is None or not any(hasattr(layer, "attend") for layer in layer_past.layers):
             return original(
                 self,
                 hidden_states,
@@ -95,7 +95,14 @@ def _falcon_forward(original: Callable) -> Callable:
         query_states, key_states = modeling_falcon.apply_rotary_pos_emb(query_states, key_states, cos, sin)
         key_states, value_states = layer_past.update(key_states, value_states, self.layer_idx)
         output, _ = sdpa(
-            self, query_states, key_states, value_states, attention_mask, scaling=self.inv_norm_factor, is_causal=self.is_causal
+            self,
+            query_states,
+            key_states,
+            value_states,
+            attention_mask,
+            scaling=self.inv_norm_factor,
+            is_causal=self.is_causal,
+            position_ids=position_ids,
         )  # [b, n, h, d]
         return self.dense(output.flatten(2)), None
 

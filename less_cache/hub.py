@@ -22,9 +22,9 @@ WEIGHTS_NAME = "less_kernels.safetensors"
 def find(folder_or_repo: str | os.PathLike, revision: str | None = None, token: str | bool | None = None) -> Path:
     """The local folder that holds the two files: the given one, or a download of the Hub repository."""
     folder = Path(folder_or_repo)
-    if folder.is_dir():
+    if os.path.isdir(folder):
         return folder
-    if folder.exists():
+    if os.path.exists(folder):
         raise LESSError(f"Expected a folder with {CONFIG_NAME} and {WEIGHTS_NAME}, got the file {folder}.")
     repo_id = os.fspath(folder_or_repo)
     try:
@@ -55,8 +55,10 @@ def read_config(folder: Path) -> LESSConfig:
         raise LESSError(f"{folder}: expected {CONFIG_NAME}, found {_listing(folder)}. Is this a folder of kernels?")
     try:
         return LESSConfig.from_json(path.read_text(encoding="utf-8"))
-    except (LESSError, UnicodeDecodeError) as error:
-        raise LESSError(f"{path}: {error}") from error
+    except UnicodeDecodeError as error:
+        raise LESSError(f"{path}: expected JSON in UTF-8, got: {error}") from error
+    except LESSError as error:
+        raise LESSError(f"{folder}: {error}") from error
 
 
 def read_tensors(folder: Path, config: LESSConfig, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
@@ -105,22 +107,20 @@ def write(folder: Path, config: LESSConfig, tensors: dict[str, torch.Tensor]) ->
     folder.mkdir(parents=True, exist_ok=True)
     weights = save({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, metadata={"format": "pt"})
     config.sha256 = hashlib.sha256(weights).hexdigest()
-    write_atomically(folder / WEIGHTS_NAME, weights)
-    write_atomically(folder / CONFIG_NAME, config.to_json().encode())
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Replace `path` in one step: a reader sees the old file or the new one, never a part."""
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-        try:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-            os.chmod(file.name, 0o644)
-            os.replace(file.name, path)
-        except BaseException:
-            os.unlink(file.name)
-            raise
+    try:
+        text = config.to_json()
+    except (TypeError, ValueError) as error:
+        raise LESSError(f"kernels to save: config is not JSON: {error}") from error
+    contents = {WEIGHTS_NAME: weights, CONFIG_NAME: text.encode()}
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as draft:
+        for name, content in contents.items():
+            with open(Path(draft) / name, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(Path(draft) / name, 0o644)
+        for name in contents:
+            os.replace(Path(draft) / name, folder / name)
 
 
 def _listing(folder: Path) -> str:

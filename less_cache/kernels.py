@@ -43,7 +43,7 @@ class LayerKernels(nn.Module):
         super().__init__()
         h, g, d, m, r = num_attention_heads, num_key_value_heads, head_dim, hidden_size, rank
         for name, shape in self.shapes(h, g, d, m, r).items():
-            self.register_parameter(name, nn.Parameter(torch.empty(shape)))
+            self.register_parameter(name, nn.Parameter(torch.empty(shape, dtype=torch.float32)))
         self.reset_parameters()
 
     @staticmethod
@@ -146,6 +146,10 @@ class LESSKernels(nn.Module):
                 forms are taken: multi-head (`kernel_k_mat1 [h, d, m]`) and Falcon's multi-query
                 (`kernel_k_mat1.weight [m, d]`, one KV head).
         """
+        if isinstance(layers, Mapping | str | os.PathLike):
+            raise LESSError(
+                f"LESSKernels.from_official: expected a list, one state dict or path a layer, got one {type(layers).__name__}."
+            )
         converted = [_convert_official(index, layer) for index, layer in enumerate(layers)]
         if not converted:
             raise LESSError("LESSKernels.from_official: expected one state dict a layer, got none.")
@@ -161,14 +165,18 @@ class LESSKernels(nn.Module):
         )
         expected = LayerKernels.shapes(h, g, d, m, r)
         for index, tensors in enumerate(converted):
-            found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-            if found != expected:
-                raise LESSError(f"LESSKernels.from_official: layer {index}: expected shapes {expected}, got {found}.")
-        kernels = cls(config)
+            for name, tensor in tensors.items():
+                if tensor.shape != expected[name]:
+                    raise LESSError(
+                        f"LESSKernels.from_official: layer {index}: expected {OFFICIAL_NAMES[name]} to become "
+                        f"{name} {list(expected[name])}, got {list(tensor.shape)}."
+                    )
+        with torch.device("meta"):
+            kernels = cls(config)
         for index, tensors in enumerate(converted):
             hub.check_finite(f"official layer {index}", tensors)
-            kernels.layers[str(index)].load_state_dict(tensors)
-        return kernels
+            kernels.layers[str(index)].load_state_dict(tensors, assign=True)
+        return kernels.requires_grad_(False)
 
 
 OFFICIAL_NAMES = {
@@ -192,7 +200,7 @@ def _convert_official(index: int, layer: Mapping[str, torch.Tensor] | str | os.P
         except Exception as error:  # torch.load raises many types on a file that is not a plain checkpoint
             raise LESSError(
                 f"LESSKernels.from_official: layer {index}: {layer} is not a checkpoint of plain tensors "
-                f"(read with weights_only=True, code in it is never run): {error}"
+                "(read with weights_only=True, code in it is never run). Save it again as a state dict of tensors."
             ) from error
     if not isinstance(layer, Mapping):
         raise LESSError(f"LESSKernels.from_official: layer {index}: expected a state dict, got {type(layer).__name__}.")
@@ -204,8 +212,12 @@ def _convert_official(index: int, layer: Mapping[str, torch.Tensor] | str | os.P
         elif f"{official}.weight" in layer:  # nn.Linear of the one KV head: [out, in]
             tensor, key = layer[f"{official}.weight"].T.unsqueeze(0), f"{official}.weight"
         else:
-            raise LESSError(f"LESSKernels.from_official: layer {index}: expected {official!r}, got {sorted(layer)}.")
+            raise LESSError(f"LESSKernels.from_official: layer {index}: expected {official!r}, got {sorted(map(str, layer))}.")
         remaining.discard(key)
+        if not isinstance(layer[key], torch.Tensor):
+            raise LESSError(
+                f"LESSKernels.from_official: layer {index}: expected a tensor for {key!r}, got {type(layer[key]).__name__}."
+            )
         if ours.endswith("scale"):
             if tensor.dim() != 4 or tensor.shape[0] != 1 or tensor.shape[2] != 1:
                 raise LESSError(
@@ -217,5 +229,5 @@ def _convert_official(index: int, layer: Mapping[str, torch.Tensor] | str | os.P
             raise LESSError(f"LESSKernels.from_official: layer {index}: {official} has shape {list(tensor.shape)}.")
         tensors[ours] = tensor.float().contiguous()
     if remaining:
-        raise LESSError(f"LESSKernels.from_official: layer {index}: unexpected entries {sorted(remaining)}.")
+        raise LESSError(f"LESSKernels.from_official: layer {index}: unexpected entries {sorted(map(str, remaining))}.")
     return tensors

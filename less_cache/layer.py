@@ -40,8 +40,9 @@ class LESSLayer(CacheLayerMixin):
     is_compileable = False
     supports_early_init = False
 
-    def __init__(self, policy: EvictionPolicy, kernels: LayerKernels | None, layer_idx: int):
+    def __init__(self, policy: EvictionPolicy, kernels: LayerKernels | None, layer_idx: int, leads: bool = True):
         super().__init__()
+        self.leads = leads  # checks what is the same for all layers of a cache, which may wait for the device
         self.policy = policy
         self.kernels = kernels
         self.layer_idx = layer_idx
@@ -83,24 +84,34 @@ class LESSLayer(CacheLayerMixin):
                 "transformers' AttentionInterface, or changes the keys that the cache returns. Use a DynamicCache; "
                 "after an interrupted forward, call cache.reset()."
             )
-        if key_states.shape[-2] == 0:
-            raise LESSError(
-                f"Layer {self.layer_idx}: expected new tokens, got none: the prompt is shorter than the "
-                f"{self.cumulative_length} tokens that the cache has seen. Pass the whole conversation, or call cache.reset()."
-            )
+        self._check_new(key_states.shape[-2])
+        if self.cumulative_length == 0:
+            self.is_initialized = False  # a forward that failed does not bind the next one
         if self.is_initialized and key_states.shape[0] != self.seen.shape[0]:
             raise LESSError(
                 f"Layer {self.layer_idx}: expected a batch of {self.seen.shape[0]}, as in the turns before, "
                 f"got {key_states.shape[0]}. Call cache.reset() for a new batch, or cache.batch_repeat_interleave()."
             )
         if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
+            with torch.inference_mode(False):
+                self.lazy_initialization(key_states, value_states)
         self._awaiting_attention = True
         return hook.tag(key_states, self), value_states
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """The mask covers the new tokens alone, at their logical offset."""
+        self._check_new(query_length)
         return query_length, self.cumulative_length
+
+    def _check_new(self, num_tokens: int) -> None:
+        if num_tokens == 0:
+            raise LESSError(
+                f"Layer {self.layer_idx}: expected new tokens, got none: the prompt is shorter than the "
+                f"{self.cumulative_length} tokens that the cache has seen. Pass the whole conversation, or call cache.reset()."
+            )
+
+    def activate_past_recording(self) -> None:
+        raise LESSError("A LESSCache cannot give back folded tokens: assisted and prompt-lookup decoding are not supported.")
 
     def get_seq_length(self) -> int:
         """Tokens seen, padding included, whatever is kept of them."""
@@ -139,6 +150,7 @@ class LESSLayer(CacheLayerMixin):
 
     # What attention asks
 
+    @torch.inference_mode(False)  # a cache filled under inference mode may go on outside of it
     @torch.no_grad()
     def attend(
         self,
@@ -165,6 +177,8 @@ class LESSLayer(CacheLayerMixin):
         self._check_call(module, dropout, kwargs)
         n = query_states.shape[2]
         real = self._real_tokens(attention_mask, n)
+        if self.leads and self.cumulative_length > 0:
+            self._check_continuation(real, kwargs.get("position_ids"))
         scaling = query_states.shape[-1] ** -0.5 if scaling is None else scaling
         softcap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
         output = None
@@ -192,10 +206,12 @@ class LESSLayer(CacheLayerMixin):
         if dropout:
             raise LESSError(f"{where}: expected no attention dropout, got {dropout}.")
         if kwargs.get("sliding_window") is not None:
-            raise LESSError(f"{where}: expected full attention, got a sliding window. Use a DynamicCache.")
+            raise LESSError(
+                f"{where}: expected full attention, got sliding_window {kwargs['sliding_window']}. Use a DynamicCache."
+            )
         for name, argument in kwargs.items():
             if isinstance(argument, torch.Tensor) and name not in HARMLESS and name != "s_aux":
-                raise LESSError(f"{where}: attention argument {name!r} is not supported with a LESSCache.")
+                raise LESSError(f"{where}: attention argument {name!r} is not supported. Use a DynamicCache.")
 
     def _real_tokens(self, attention_mask: torch.Tensor | None, n: int) -> torch.Tensor | None:
         """Which new tokens are not padding, `[b, n]`, read off the last query's row; None: all."""
@@ -212,14 +228,19 @@ class LESSLayer(CacheLayerMixin):
             )
         last = attention_mask[:, -n:] if attention_mask.dim() == 2 else attention_mask[:, 0, -1, -n:]
         real = last.expand(self.seen.shape[0], n)
-        real = real if real.dtype == torch.bool else _additive_to_bool(real)
-        if self.cumulative_length > 0 and not real.any():
+        return real if real.dtype == torch.bool else _additive_to_bool(real)
+
+    def _check_continuation(self, real: torch.Tensor | None, position_ids: torch.Tensor | None) -> None:
+        """Raise where `generate` was given a prompt shorter than what was seen: it slices such a prompt silently."""
+        too_short = real is not None and not bool(real.any())
+        if position_ids is not None and position_ids.dim() == 2:
+            behind = position_ids[:, -1] < self.seen
+            too_short = too_short or bool((behind if real is None else behind & real[:, -1]).any())
+        if too_short:
             raise LESSError(
-                f"Layer {self.layer_idx}: the attention mask covers none of the {n} new tokens: the prompt or its mask is "
-                f"shorter than the {self.cumulative_length} tokens that the cache has seen. Pass the whole conversation "
-                "with its mask, or call cache.reset() for a new one."
+                f"Layer {self.layer_idx}: the new tokens lie before the {self.cumulative_length} tokens that the cache has "
+                "seen: the prompt or its mask is shorter. Pass the whole conversation with its mask, or call cache.reset()."
             )
-        return real
 
     def _step(
         self,

@@ -28,8 +28,8 @@ class LowRankState:
     def empty(cls, batch: int, num_key_value_heads: int, rank: int, head_dim: int, device: torch.device) -> "LowRankState":
         """The state before anything was evicted."""
         return cls(
-            values_sum=torch.zeros(batch, num_key_value_heads, rank, head_dim, device=device),
-            features_sum=torch.zeros(batch, num_key_value_heads, rank, device=device),
+            values_sum=torch.zeros(batch, num_key_value_heads, rank, head_dim, dtype=torch.float32, device=device),
+            features_sum=torch.zeros(batch, num_key_value_heads, rank, dtype=torch.float32, device=device),
         )
 
     def fold_in(self, key_features: torch.Tensor, values: torch.Tensor) -> None:

@@ -225,11 +225,11 @@ USE = {
         lambda model, cache, history: model(
             tokens(1, 5), attention_mask=torch.tensor([[1] * SEEN + [0] * 5]), past_key_values=cache
         ),
-        f"the attention mask covers none of the 5 new tokens: .* the {SEEN} tokens that the cache has seen",
+        f"the new tokens lie before the {SEEN} tokens that the cache has seen: .* cache.reset",
     ),
     "a mask of the prompt alone": (
         lambda model, cache, history: model(tokens(1, 5), attention_mask=torch.ones(1, 5), past_key_values=cache),
-        f"the attention mask covers none of the 5 new tokens: .* the {SEEN} tokens that the cache has seen",
+        f"the new tokens lie before the {SEEN} tokens that the cache has seen: .* cache.reset",
     ),
     "giving tokens back": (
         lambda model, cache, history: refused_turn(model, cache, history, prompt_lookup_num_tokens=3),

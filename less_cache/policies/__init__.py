@@ -1,5 +1,7 @@
 """Eviction policies: a new one is one file here and one line in `POLICIES`."""
 
+import dataclasses
+
 from less_cache.errors import LESSError
 from less_cache.policies.base import EvictionPolicy
 from less_cache.policies.corm import CORM
@@ -20,7 +22,8 @@ def policy_from_dict(description: dict) -> EvictionPolicy:
     try:
         return policy_class(name)(**counts)
     except TypeError as error:
-        raise LESSError(f"Policy {name!r} does not take {counts}: {error}.") from error
+        wanted = [field.name for field in dataclasses.fields(policy_class(name))]
+        raise LESSError(f"Policy {name!r}: expected the counts {wanted}, got {counts}.") from error
 
 
 def policy_class(name: object) -> type[EvictionPolicy]:
