@@ -41,10 +41,16 @@ def sparse_softmax(logits: torch.Tensor, sinks: torch.Tensor | None = None) -> t
 
     `sinks`: `[h]` or None, learned logits without a value (gpt-oss) that share the denominator.
     """
-    log_sum = logits.logsumexp(dim=-1, keepdim=True)
+    largest = logits.amax(dim=-1, keepdim=True)
     if sinks is not None:
-        log_sum = torch.logaddexp(log_sum, sinks.float().view(1, logits.shape[1], logits.shape[2], 1, 1))
-    return (logits - log_sum).exp(), log_sum
+        sinks = sinks.float().view(1, logits.shape[1], logits.shape[2], 1, 1)
+        largest = torch.maximum(largest, sinks)
+    weights = (logits - largest).exp()
+    mass = weights.sum(dim=-1, keepdim=True)
+    if sinks is not None:
+        mass = mass + (sinks - largest).exp()
+    # Divided rather than e^(l - log_sum): at large logits the rounding of log_sum would be in every weight.
+    return weights / mass, largest + mass.log()
 
 
 def add_low_rank(

@@ -205,6 +205,7 @@ class ConsoleStreamer(TextStreamer):
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self.console = console
         self.column = 0
+        self.gap = ""
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         self.show(text)
@@ -212,12 +213,15 @@ class ConsoleStreamer(TextStreamer):
             self.console.print()
 
     def show(self, text: str, style: str | None = None) -> None:
-        """Print `text` after what was printed before it; its line breaks count as spaces."""
+        """Print `text` after what was printed before it; a line break counts as a space."""
         for word in re.findall(r"\s+|\S+", text):
             if word.isspace():
-                word = " " if self.column else ""
-            elif self.column + len(word) > self.console.width - 4:
+                self.gap = " "
+                continue
+            if self.column + len(self.gap + word) > self.console.width - 4:
                 self.console.print()
                 self.column = 0
-            self.console.print(word if self.column else "  " + word, end="", style=style, markup=False, soft_wrap=True)
+            word = self.gap + word if self.column else "  " + word
+            self.console.print(word, end="", style=style, markup=False, soft_wrap=True)
             self.column += len(word)
+            self.gap = ""

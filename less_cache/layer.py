@@ -349,6 +349,8 @@ class LESSLayer(CacheLayerMixin):
             positions = torch.cat([self.positions, positions], dim=-1)
 
         observed = self.policy.observed(counts, n)
+        if real is not None and not bool(real[:, n - observed :].all()):
+            observed = n  # the last real queries of a row may come before padding
         outputs = []
         for start in range(n - observed if is_first else 0, n, QUERY_BLOCK):
             rows = slice(start, min(start + QUERY_BLOCK, n))

@@ -42,7 +42,7 @@ def columns(draw):
 
 
 def formula(query_states, key_states, value_states, visible, scaling, softcap, sinks, query_features, state):
-    """( φ(q) H + Σ e^l v ) / ( φ(q) z + Σ e^l ), above and below multiplied by e^{-max l} so that float64 holds it."""
+    """( φ(q) H + Σ e^l v ) / ( φ(q) z + Σ e^l ), above and below multiplied by e^{-top} so that float64 holds it."""
     s = query_states.shape[1] // key_states.shape[1]
     keys, values, visible, H, z = (
         each.double().repeat_interleave(s, dim=1)  # [b, h, …]
@@ -52,13 +52,14 @@ def formula(query_states, key_states, value_states, visible, scaling, softcap, s
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     logits = logits.masked_fill(visible == 0, -torch.inf)
-    top = logits.amax(dim=-1, keepdim=True)
-    exponentials = (logits - top).exp()
-    features = query_features.double() * (-top).clamp(max=700).exp()  # [b, h, n, r]
-    total = exponentials.sum(-1, keepdim=True) + features @ z.unsqueeze(-1)
+    features = query_features.double()  # [b, h, n, r]
+    low_rank = features @ z.unsqueeze(-1)  # [b, h, n, 1]
+    top = torch.maximum(logits.amax(dim=-1, keepdim=True), low_rank.log())
+    exponentials, shrink = (logits - top).exp(), (-top).clamp(max=700).exp()  # above 700 only where φ(q) z is 0
+    total = exponentials.sum(-1, keepdim=True) + low_rank * shrink
     if sinks is not None:
         total = total + (sinks.double().view(1, -1, 1, 1) - top).exp()
-    return (exponentials @ values + features @ H) / total
+    return (exponentials @ values + features @ H * shrink) / total
 
 
 @many_examples

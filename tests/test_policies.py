@@ -187,8 +187,8 @@ def test_policies_survive_their_dict(name, data):
         (lambda: H2O.from_budget(1), r"H2O: expected budget to be an int >= 2"),
         (lambda: SinkRecent.from_budget(4), r"expected a budget above its 4 sinks, got 4"),
         (lambda: policy_from_dict({"name": "lru"}), r"expected a policy name out of .*'h2o'.*, got 'lru'"),
-        (lambda: policy_from_dict({"name": "h2o", "heavy": 1}), r"Policy 'h2o' does not take \{'heavy': 1\}"),
-        (lambda: policy_from_dict({"name": "h2o", "heavy": 1, "recent": 1, "window": 2}), r"does not take .*window"),
+        (lambda: policy_from_dict({"name": "h2o", "heavy": 1}), r"Policy 'h2o'.*\{'heavy': 1\}"),
+        (lambda: policy_from_dict({"name": "h2o", "heavy": 1, "recent": 1, "window": 2}), r"Policy 'h2o'.*'window': 2"),
     ],
 )
 def test_bad_counts_are_refused(make, message):
