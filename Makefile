@@ -1,6 +1,6 @@
 # make demo   set everything up and run the demo
 # make test   set everything up and pass the tests
-# Another interpreter or folder: make test PYTHON=python3.12 VENV=/tmp/env
+# Another interpreter or folder: make test PYTHON=python3.12 VENV=other-env
 
 PYTHON ?= python3
 VENV ?= .venv

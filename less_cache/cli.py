@@ -68,11 +68,17 @@ def demo(
         Path | None, typer.Option(metavar="FILE", help="UTF-8 text; its end is held out. Default: a chapter of a novel.")
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Tokens to write under each cache.")] = 48,
+    prompt_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=64, metavar="N", help="Tokens of the text to read. Default: the longest prompt the kernels trained on."
+        ),
+    ] = None,
 ) -> None:
     """Continue a long text under the full cache, a sparse policy and LESS, and compare them."""
     from less_cache.demo import run
 
-    run(model, kernels, policy, budget, prompt_file, max_new_tokens)
+    run(model, kernels, policy, budget, prompt_file, max_new_tokens, prompt_tokens)
 
 
 @app.command()

@@ -45,8 +45,13 @@ def run(
     budget: int | float = 0.05,
     prompt_file: Path | None = None,
     max_new_tokens: int = 48,
+    prompt_tokens: int | None = None,
 ) -> list[Measurement]:
-    """Print the demo and return what it measured. Raises `LESSError` on bad input."""
+    """Print the demo and return what it measured. Raises `LESSError` on bad input.
+
+    `prompt_tokens`: how many tokens before the held-out ones are read; default: the longest prompt that the kernels were
+    trained on, or the whole text without kernels.
+    """
     console = Console(highlight=False)
     if policy_name not in POLICIES:
         raise LESSError(f"Expected policy to be one of {', '.join(POLICIES)}, got {policy_name!r}.")
@@ -58,6 +63,9 @@ def run(
 
     model, tokenizer = load(console, model_name)
     tokens = tokenize(tokenizer, text, model.config)
+    if prompt_tokens is None and kernels is not None:
+        prompt_tokens = max(kernels.config.training.get("prompts", [len(tokens)]))
+    tokens = tokens[-(prompt_tokens or len(tokens)) - SCORED :]
     prompt_length = len(tokens) - SCORED
     budget = budget if isinstance(budget, int) else max(2, round(budget * prompt_length))
     policy = from_budget(budget)
