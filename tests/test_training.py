@@ -1,6 +1,7 @@
 """Training: the simulation equals the cache it stands for, runs resume exactly, the model is left alone."""
 
 import dataclasses
+import json
 
 import pytest
 import tiny
@@ -9,7 +10,7 @@ import torch
 from less_cache import CORM, H2O, LESSCache, LESSError, LESSKernels, SinkRecent
 from less_cache.attention import attention_logits
 from less_cache.layer import LESSLayer
-from less_cache.training import TokenSampler, TrainingOptions, train
+from less_cache.training import TokenSampler, TrainingOptions, train, trainer
 from less_cache.training.layers import TeacherLayer, roll_layers
 from less_cache.training.simulate import attend, columns
 
@@ -66,8 +67,6 @@ def test_scores_go_on_from_a_shorter_prompt():
 
 
 def test_training_lowers_the_layerwise_loss(tmp_path, sampler):
-    import json
-
     model = tiny.tiny_llama()
     train(model, sampler, dataclasses.replace(TINY, layerwise_steps=60, joint_steps=0, checkpoint_every=60), tmp_path / "run")
     losses = [json.loads(line)["loss"] for line in (tmp_path / "run" / "training_log.jsonl").read_text().splitlines()]
@@ -76,8 +75,6 @@ def test_training_lowers_the_layerwise_loss(tmp_path, sampler):
 
 def test_an_interrupted_run_ends_with_the_same_bytes(tmp_path, sampler, monkeypatch):
     whole = train(tiny.tiny_llama(), sampler, TINY, tmp_path / "whole")
-    from less_cache.training import trainer
-
     real_step = trainer._Run.joint_step
 
     def interrupted(self):
