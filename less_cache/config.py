@@ -8,6 +8,7 @@ from less_cache.errors import LESSError
 from less_cache.version import __version__
 
 FORMAT_VERSION = 1
+MOST_LAYERS = 10_000  # far beyond any model; a config that claims more would only fill the memory
 
 
 @dataclasses.dataclass
@@ -55,6 +56,10 @@ class LESSConfig:
             size = getattr(self, name)
             if isinstance(size, bool) or not isinstance(size, int) or not 1 <= size <= 1_000_000:
                 raise LESSError(f"LESSConfig: expected {name} to be an int in 1 … 1,000,000, got {size!r}.")
+        if self.num_hidden_layers > MOST_LAYERS:
+            raise LESSError(
+                f"LESSConfig: expected num_hidden_layers to be at most {MOST_LAYERS:,}, got {self.num_hidden_layers:,}."
+            )
         if self.num_attention_heads % self.num_key_value_heads:
             raise LESSError(
                 f"LESSConfig: expected num_attention_heads to be a multiple of num_key_value_heads, "
@@ -94,16 +99,18 @@ class LESSConfig:
         if not isinstance(entries, dict):
             raise LESSError(f"less_config.json: expected a JSON object, got {type(entries).__name__}.")
         written_by = entries.get("less_cache_version", "an unknown version")
+        known = isinstance(written_by, str) and re.fullmatch(r"[\w.+]+", written_by)  # it goes into a command
+        upgrade = f"pip install -U 'less-cache>={written_by}'" if known else "pip install -U less-cache"
         if entries.get("format_version", FORMAT_VERSION) != FORMAT_VERSION:
             raise LESSError(
                 f"less_config.json: expected format_version {FORMAT_VERSION}, got {entries['format_version']!r}, "
-                f"written by less-cache {written_by}. Upgrade: pip install -U less-cache."
+                f"written by less-cache {written_by}; this is {__version__}. Upgrade: {upgrade}"
             )
         unknown = sorted(set(entries) - {field.name for field in dataclasses.fields(cls)})
         if unknown:
             raise LESSError(
                 f"less_config.json: unknown keys {unknown} (written by less-cache {written_by}; this is {__version__}). "
-                "Upgrade less-cache if it is older, or remove the keys if they were added by hand."
+                f"If this is older, upgrade: {upgrade}. If the keys were added by hand, remove them."
             )
         try:
             return cls(**entries)

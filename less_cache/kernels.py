@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn.functional import gelu
 
-from less_cache import hub
+from less_cache.hub import client, files
 from less_cache.config import LESSConfig
 from less_cache.errors import LESSError
 
@@ -110,9 +110,14 @@ class LESSKernels(nn.Module):
         key = str(layer_idx)
         return self.layers[key] if key in self.layers else None  # type: ignore[return-value]
 
-    def save_pretrained(self, folder: str | os.PathLike) -> None:
-        """Write `less_config.json` and `less_kernels.safetensors` (float32) into `folder`, each in one atomic step."""
-        hub.write(Path(folder), self.config, {name: tensor.detach() for name, tensor in self.state_dict().items()})
+    def save_pretrained(self, folder: str | os.PathLike, dtype: torch.dtype = torch.float32) -> None:
+        """Write `less_config.json` and `less_kernels.safetensors` into `folder`, each in one atomic step.
+
+        Args:
+            folder: Made where it does not exist.
+            dtype: What the file stores: float32, float16 or bfloat16. Kernels compute in float32 in any case.
+        """
+        files.write(Path(folder), self.config, {name: tensor.detach() for name, tensor in self.state_dict().items()}, dtype)
 
     @classmethod
     def from_pretrained(
@@ -124,12 +129,12 @@ class LESSKernels(nn.Module):
             LESSError: The folder or a file is missing, is no safetensors file (pickle is never read), does not match
                 its digest, or holds other tensors than the config describes.
         """
-        folder = hub.find(folder_or_repo, revision=revision, token=token)
-        config = hub.read_config(folder)
+        folder = client.find(folder_or_repo, revision=revision, token=token)
+        config = files.read_config(folder)
         shapes = LayerKernels.shapes(
             config.num_attention_heads, config.num_key_value_heads, config.head_dim, config.hidden_size, config.rank
         )
-        tensors = hub.read_tensors(
+        tensors = files.read_tensors(
             folder, config, {f"layers.{index}.{name}": shape for index in config.layers or [] for name, shape in shapes.items()}
         )
         with torch.device("meta"):  # no allocation, no random numbers drawn from the user's generator
@@ -174,7 +179,7 @@ class LESSKernels(nn.Module):
         with torch.device("meta"):
             kernels = cls(config)
         for index, tensors in enumerate(converted):
-            hub.check_finite(f"official layer {index}", tensors)
+            files.check_finite(f"official layer {index}", tensors)
             kernels.layers[str(index)].load_state_dict(tensors, assign=True)
         return kernels.requires_grad_(False)
 

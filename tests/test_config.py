@@ -51,6 +51,7 @@ WRONG = [
     *[(name, size) for name in SIZES for size in (0, -1, 1.0, True, "4", None, [4], 10**12)],
     *[(name, size) for name in ("rank", "hidden_size") for size in (0, -8, 8.0, False, "8", None)],
     ("num_key_value_heads", 3),
+    ("num_hidden_layers", 10_001),
     *[("layers", layers) for layers in ([2], [-1], [0, 0], [0.0], [True], ["0"], "01", {"0": 1}, 2)],
     *[("sha256", digest) for digest in ("", "0" * 63, "0" * 65, "g" * 64, "0" * 64 + "\n", 5, ["0"])],
     *[(name, value) for name in ("training", "metrics") for value in (None, [], "280 steps", 5)],
@@ -76,8 +77,16 @@ def test_unknown_keys_never_vanish():
 
 def test_newer_format_says_who_wrote_it():
     """Before its unknown keys, which are no news."""
-    with pytest.raises(LESSError, match=r"format_version 1, got 2, written by less-cache 9\.9\.9.*pip install -U"):
+    with pytest.raises(
+        LESSError, match=r"format_version 1, got 2, written by less-cache 9\.9\.9.*pip install -U 'less-cache>=9\.9\.9'"
+    ):
         LESSConfig.from_json(json.dumps({**EVERYTHING, "format_version": 2, "new_key": 1}))
+
+
+@pytest.mark.parametrize("version", ["0.2'; rm -rf ~ #", 5, None])
+def test_no_stranger_writes_the_command_to_upgrade(version):
+    with pytest.raises(LESSError, match="pip install -U less-cache$"):
+        LESSConfig.from_json(json.dumps({**EVERYTHING, "format_version": 2, "less_cache_version": version}))
 
 
 @pytest.mark.parametrize("name", SIZES)

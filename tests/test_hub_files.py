@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from tiny import tiny_kernels, tiny_llama
 
 from less_cache import LESSConfig, LESSError, LESSKernels
-from less_cache.hub import CONFIG_NAME, WEIGHTS_NAME
+from less_cache.hub.files import CONFIG_NAME, WEIGHTS_NAME
 
 
 def small_kernels(seed: int = 0) -> LESSKernels:
@@ -144,7 +144,7 @@ DAMAGES = {
     "config is binary": (lambda folder: (folder / CONFIG_NAME).write_bytes(b"\xff\xfe\x00"), CONFIG_NAME),
     "config is cut": (lambda folder: (folder / CONFIG_NAME).write_text('{"rank": 2'), rf"{CONFIG_NAME}: expected JSON"),
     "unknown key": (config_damage(alpha=1), r"unknown keys \['alpha'\]"),
-    "newer format": (config_damage(format_version=2), "pip install -U less-cache"),
+    "newer format": (config_damage(format_version=2), "pip install -U 'less-cache>="),
     "other rank": (config_damage(rank=3), r"query_out: expected shape \[4, 4, 3\], got \[4, 4, 2\]"),
     "more layers": (config_damage(layers=None, num_hidden_layers=3), "7 tensors are missing, the first is 'layers.2.key_in'"),
     "fewer layers": (config_damage(layers=[0]), "7 unexpected tensors, the first is 'layers.1.key_in'"),
@@ -199,8 +199,8 @@ def test_a_pickle_is_never_loaded(folder, tmp_path_factory):
 
 NOWHERE = {
     "no such folder": ("/no/such/folder", "no such folder"),
-    "not in the local cache": ("someone/some-kernels", "not in the local cache, and the Hub cannot be reached"),
-    "no valid id": ("not a valid id!", "no such folder, and not a valid id"),
+    "not in the local cache": ("someone/some-kernels", "not in the local cache, and HF_HUB_OFFLINE is set"),
+    "no valid id": ("not a valid id!", "no such folder, and not a valid Hub repository id"),
     "long": ("x" * 5_000, "no such folder"),
     "null": ("a\0b", "no such folder"),
     "file": (__file__, "got the file"),

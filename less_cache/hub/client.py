@@ -1,0 +1,200 @@
+"""The Hugging Face Hub through its own client: download, upload, search. Whatever fails there is one LESSError here."""
+
+import contextlib
+import hashlib
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import huggingface_hub
+from huggingface_hub import CommitOperationAdd, HfApi, constants
+from huggingface_hub import errors as hub_errors
+
+from less_cache.errors import LESSError
+from less_cache.hub.files import CONFIG_NAME, WEIGHTS_NAME, check_digest, read_config
+
+LIBRARY_TAG = "less-cache"
+FINGERPRINT_TAG = "less-fingerprint-{}"  # of the base model's weights; finds kernels for a model that has no Hub id
+MOST_CANDIDATES = 5  # repositories that a search returns
+
+
+def find(folder_or_repo: str | os.PathLike, revision: str | None = None, token: str | bool | None = None) -> Path:
+    """The local folder that holds the two files: the given one, or a download of the Hub repository."""
+    folder = Path(folder_or_repo)
+    if os.path.isdir(folder):
+        if revision is not None:
+            raise LESSError(f"Expected no revision with a local folder, got {revision!r} with {folder}.")
+        return folder
+    if os.path.exists(folder):
+        raise LESSError(f"Expected a folder with {CONFIG_NAME} and {WEIGHTS_NAME}, got the file {folder}.")
+    return download(os.fspath(folder_or_repo), revision, token)
+
+
+def download(repo_id: str, revision: str | None = None, token: str | bool | None = None) -> Path:
+    """Both files of one commit, checked, from the Hub or its local cache: the folder that holds them.
+
+    Nothing in the cache is replaced. `revision` leads to the new commit in it, for work without a network, only once the
+    new files have passed; a download that was damaged on the way is removed.
+    """
+    if revision is not None and (not revision or ".." in revision or revision.startswith("/")):
+        raise LESSError(f"Kernels {repo_id!r}: expected revision to be a branch, a tag or a commit, got {revision!r}.")
+    with explained(f"Kernels {repo_id!r}" + (f" (revision {revision!r})" if revision else "")):
+        commit = _commit(repo_id, revision, token)
+        for name in (CONFIG_NAME, WEIGHTS_NAME):
+            path = Path(huggingface_hub.hf_hub_download(repo_id, name, revision=commit, token=token))
+            _check_transfer(path)
+        folder = path.parent
+        config = read_config(folder)
+        if config.sha256 is None:
+            raise LESSError(
+                f"{folder}: expected {CONFIG_NAME} to name the sha256 of the weights. Publish with less-cache push."
+            )
+        check_digest(folder, config)
+        with contextlib.suppress(OSError):  # a cache that cannot be written works as well
+            huggingface_hub.hf_hub_download(repo_id, CONFIG_NAME, revision=revision, token=token)
+    return folder
+
+
+def upload(
+    repo_id: str,
+    contents: Mapping[str, bytes],
+    revision: str | None = None,
+    token: str | bool | None = None,
+    private: bool | None = None,
+    message: str = "Upload LESS kernels",
+) -> str:
+    """Create the repository where it is missing and put the files there in one commit; the commit's address."""
+    with explained(f"Push to {repo_id!r}" + (f" (revision {revision!r})" if revision else "")):
+        api = HfApi(token=token)
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        operations = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=content) for name, content in contents.items()]
+        return api.create_commit(repo_id, operations, commit_message=message, revision=revision).commit_url
+
+
+def read_card(repo_id: str, revision: str | None = None, token: str | bool | None = None) -> str | None:
+    """The model card of a repository, None where there is no such repository or it has no card."""
+    with explained(f"Card of {repo_id!r}"):
+        try:
+            path = huggingface_hub.hf_hub_download(repo_id, constants.REPOCARD_NAME, revision=revision, token=token)
+        except hub_errors.GatedRepoError:  # before its base class
+            raise
+        except (hub_errors.RepositoryNotFoundError, hub_errors.RemoteEntryNotFoundError):
+            return None
+        return Path(path).read_text(encoding="utf-8")
+
+
+def search(base_model: str | None, fingerprint: str | None, token: str | bool | None = None) -> list[str]:
+    """Ids of repositories with kernels for a base model, by its Hub id, then by its fingerprint; most downloaded first."""
+    tags = [f"base_model:{base_model}"] if base_model else []
+    tags += [FINGERPRINT_TAG.format(fingerprint[:16])] if fingerprint else []
+    found: list[str] = []
+    with explained("The search for kernels on the Hub"):
+        for tag in tags:
+            models = HfApi(token=token).list_models(filter=[LIBRARY_TAG, tag], sort="downloads", limit=MOST_CANDIDATES)
+            found += [model.id for model in models if model.id not in found]
+    return found
+
+
+def is_repo_id(name: str) -> bool:
+    """Whether `name` has the form `organisation/name`, and is no local path."""
+    return (
+        re.fullmatch(r"[\w.-]+/[\w.-]+", name, re.ASCII) is not None and not name.startswith(".") and not os.path.exists(name)
+    )
+
+
+def _commit(repo_id: str, revision: str | None, token: str | bool | None) -> str:
+    """The commit that `revision` is now; without an answer from the Hub, the one that it was when last downloaded."""
+    try:
+        info = HfApi().model_info(repo_id, revision=revision, token=token, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    except (hub_errors.RepositoryNotFoundError, hub_errors.RevisionNotFoundError, hub_errors.HFValidationError):
+        raise
+    except (hub_errors.HTTPError, OSError):  # offline, no connection, time-out, overloaded, broken
+        with contextlib.suppress(hub_errors.LocalEntryNotFoundError):
+            cached = huggingface_hub.hf_hub_download(repo_id, CONFIG_NAME, revision=revision, local_files_only=True)
+            return Path(cached).parent.name
+        raise
+    if not re.fullmatch("[0-9a-f]{40}", info.sha or ""):
+        raise LESSError(f"expected the Hub to name a commit, got {info.sha!r}. Is HF_ENDPOINT right?")
+    return info.sha  # type: ignore[return-value]
+
+
+def _check_transfer(path: Path) -> None:
+    """Remove a cached file that is not what the Hub announced, and raise.
+
+    The client stores a file under its digest (sha256 of large files, git's sha1 of small ones) without computing it.
+    """
+    blob = path.resolve()
+    content = blob.read_bytes()
+    if len(blob.name) == 64:
+        digest = hashlib.sha256(content).hexdigest()
+    elif len(blob.name) == 40:
+        digest = hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
+    else:
+        return  # a file system without symbolic links: the config's digest of the weights is what remains
+    if digest != blob.name:
+        with contextlib.suppress(OSError):
+            path.unlink()
+            blob.unlink()
+        raise LESSError(
+            f"{path}: expected digest {blob.name}, got {digest}: damaged in the transfer or on the disk, and removed. "
+            "Run again to download it afresh."
+        )
+
+
+@contextlib.contextmanager
+def explained(task: str) -> Iterator[None]:
+    """Whatever the client raises inside becomes a LESSError that says what failed and what to do."""
+    try:
+        yield
+    except LESSError as error:
+        raise LESSError(f"{task}: {error}") from error
+    except Exception as error:  # the client raises its own errors, its HTTP library's, OSError, ValueError and RuntimeError
+        raise LESSError(f"{task}: {_explanation(error)}") from error
+
+
+def _explanation(error: BaseException) -> str:
+    if isinstance(error, hub_errors.HFValidationError):
+        return f"no such folder, and not a valid Hub repository id. {_first_line(error)}"
+    if isinstance(error, hub_errors.GatedRepoError):  # before its base class, RepositoryNotFoundError
+        return "the repository is gated. Ask for access on its page, then log in (hf auth login) or pass token=."
+    if isinstance(error, hub_errors.RepositoryNotFoundError):
+        return (
+            "no such folder, and the Hub shows no such repository. Check the name; "
+            "if it is private, log in (hf auth login) or pass token= of an account that may read it."
+        )
+    if isinstance(error, hub_errors.RevisionNotFoundError):
+        return "the repository has no such revision. Check the branch, tag or commit."
+    if isinstance(error, hub_errors.RemoteEntryNotFoundError):
+        return f"the repository lacks a file that kernels have ({CONFIG_NAME}, {WEIGHTS_NAME}). Is it a set of kernels?"
+    if isinstance(error, hub_errors.OfflineModeIsEnabled):
+        return "not in the local cache, and HF_HUB_OFFLINE is set. Unset it, or run less-cache pull where there is a network."
+    if isinstance(error, hub_errors.LocalEntryNotFoundError) and error.__cause__ is not None:
+        return _explanation(error.__cause__)
+    if isinstance(error, hub_errors.HfHubHTTPError) and error.response is not None:
+        return _status(error.response.status_code, error)
+    if isinstance(error, hub_errors.HTTPError | hub_errors.LocalEntryNotFoundError | ConnectionError | TimeoutError):
+        return (
+            f"the Hub cannot be reached, or the connection broke ({_first_line(error)}). "
+            "Nothing was changed: check the network and run again."
+        )
+    if isinstance(error, OSError) and error.errno is not None:
+        return f"cannot write to the local cache ({error}). Free space, or set HF_HOME to a folder that can be written."
+    return f"the Hub's client failed: {_first_line(error)} Nothing was changed: run again."
+
+
+def _status(status: int, error: BaseException) -> str:
+    if status == 401:
+        return "the Hub does not know the token (401). Log in again (hf auth login), or pass another token=."
+    if status == 403:
+        return f"the token does not allow this (403: {_first_line(error)}). Use one with the right to."
+    if status == 429:
+        return "too many requests (429). Wait some minutes; logged in (hf auth login) the limit is higher."
+    if status >= 500:
+        return f"the Hub has a problem of its own ({status}). Nothing was changed: try again later."
+    return f"the Hub answered {status}: {_first_line(error)}"
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
