@@ -6,7 +6,8 @@ import zipfile
 from pathlib import Path
 
 PACKAGE = ["less_cache/__init__.py", "less_cache/py.typed", "less_cache/data/pride-and-prejudice-chapter-19.txt"]
-WHEEL = [*PACKAGE, "licenses/LICENSE"]
+PACKAGE += ["less_cache/hub/custom_generate/generate.py", "less_cache/hub/custom_generate/requirements.txt"]
+WHEEL = [*PACKAGE, "licenses/LICENSE", "less_cache/hub/catalogue.json"]
 SDIST = [
     *PACKAGE,
     *("tests/conftest.py", "tests/fixtures/", "hub/", "examples/quickstart.py", "docs/log.md", ".ci/run"),

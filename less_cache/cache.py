@@ -12,7 +12,10 @@ from less_cache.errors import LESSError
 from less_cache.families import Geometry, check_supported, fingerprint, geometry
 from less_cache.kernels import LESSKernels
 from less_cache.layer import LESSLayer
-from less_cache.policies import EvictionPolicy, policy_from_dict
+from less_cache.policies import H2O, EvictionPolicy, policy_class, policy_from_dict
+from less_cache.resolution import kernels_for
+
+USUAL_BUDGET = 0.05  # of the prompt, where neither the caller nor kernels say
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,9 +129,45 @@ class LESSCache(Cache):
         policy: EvictionPolicy | None = None,
         revision: str | None = None,
         token: str | bool | None = None,
+        budget: int | float | None = None,
     ) -> "LESSCache":
-        """A cache with the kernels of a folder or Hub repository, and their policy unless another is given."""
-        return cls(model, policy=policy, kernels=LESSKernels.from_pretrained(folder_or_repo, revision=revision, token=token))
+        """A cache with the kernels of a folder or Hub repository.
+
+        Args:
+            folder_or_repo: A folder, or a Hub id.
+            model: The model, or its config.
+            policy: What to keep. Default: the policy that the kernels were trained with.
+            revision: Branch, tag or commit of a repository; default: main.
+            token: For private and gated repositories; default: the one of `hf auth login`.
+            budget: What the kernels' policy keeps: tokens (an int), or a share of the prompt (a float). Default: its own.
+        """
+        kernels = LESSKernels.from_pretrained(folder_or_repo, revision=revision, token=token)
+        return cls(model, policy=_spending(budget, policy, kernels), kernels=kernels)
+
+    @classmethod
+    def for_model(
+        cls,
+        model: PreTrainedModel | PreTrainedConfig,
+        budget: int | float | None = None,
+        policy: EvictionPolicy | None = None,
+        token: str | bool | None = None,
+    ) -> "LESSCache":
+        """A cache with the kernels that are known for this model.
+
+        Looks into the catalogue that is installed with the package, then on the Hub, for kernels of the model's weights,
+        wherever they were loaded from; of a config, for kernels of its name. The log of `less_cache` and
+        `cache.kernels.source` say which were taken, one warning that there were none: then the policy works alone.
+
+        Args:
+            model: The model, or its config.
+            budget: What the kernels' policy keeps: tokens (an int), or a share of the prompt (a float). Default: its own.
+            policy: What to keep, instead of the policy that the kernels were trained with.
+            token: For private and gated repositories; default: the one of `hf auth login`.
+        """
+        kernels = kernels_for(model, token)
+        if kernels is None and policy is None:
+            return cls(model, policy=H2O.from_budget(USUAL_BUDGET if budget is None else budget))
+        return cls(model, policy=_spending(budget, policy, kernels), kernels=kernels)
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs
@@ -191,6 +230,19 @@ def check_kernels(
             f"(fingerprint {wanted[:12]}…), the model's fingerprint is {actual[:12]}…. "
             "If it is a derivative on purpose, set kernels.config.base_model_fingerprint = None."
         )
+
+
+def _spending(budget: int | float | None, policy: EvictionPolicy | None, kernels: LESSKernels | None) -> EvictionPolicy | None:
+    """The policy that the kernels were trained with, at another budget; `policy` where no budget is given."""
+    if budget is None:
+        return policy
+    trained_with = (kernels.config.policy or {}).get("name") if kernels is not None else None
+    if policy is not None or trained_with is None:
+        raise LESSError(
+            f"LESSCache: expected a budget for the kernels' policy, got budget={budget!r}, policy={policy!r} and kernels "
+            f"trained with {trained_with!r}. Pass the whole policy instead, such as policy=H2O.from_budget({budget!r})."
+        )
+    return policy_class(trained_with).from_budget(budget)
 
 
 def _bytes(*tensors: torch.Tensor | None) -> int:

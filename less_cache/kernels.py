@@ -4,6 +4,7 @@ Axes: `b` batch, `h` query heads, `g` KV heads, `n` tokens, `d` head dim, `m` hi
 """
 
 import os
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -11,9 +12,9 @@ import torch
 from torch import nn
 from torch.nn.functional import gelu
 
-from less_cache.hub import client, files
 from less_cache.config import LESSConfig
 from less_cache.errors import LESSError
+from less_cache.hub import client, files, publish
 
 
 class LayerKernels(nn.Module):
@@ -95,6 +96,7 @@ class LESSKernels(nn.Module):
     def __init__(self, config: LESSConfig):
         super().__init__()
         self.config = config
+        self.source: str | None = None  # the folder that they were loaded from; in the Hub's cache it names the commit
         self.layers = nn.ModuleDict(
             {
                 str(index): LayerKernels(
@@ -119,15 +121,49 @@ class LESSKernels(nn.Module):
         """
         files.write(Path(folder), self.config, {name: tensor.detach() for name, tensor in self.state_dict().items()}, dtype)
 
+    def push_to_hub(
+        self,
+        repo_id: str,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        private: bool | None = None,
+        license: str | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> str:
+        """Publish the kernels with a model card, in one commit of a Hub repository, which is created where it is missing.
+
+        Args:
+            repo_id: `organisation/name`.
+            revision: Branch to commit to; default: main.
+            token: Of an account that may write there; default: the one of `hf auth login`.
+            private: Whether a new repository is private; default: as the account or organisation has it.
+            license: Licence of the base model, as the Hub writes it, such as `apache-2.0`; default: the older card's.
+            dtype: What the file stores: float32, float16 or bfloat16.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            LESSError: The config does not name a Hub model as base model, or the Hub refused; nothing was changed then.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, dtype)
+            return publish.push(Path(folder), repo_id, revision, token, private, license)
+
     @classmethod
     def from_pretrained(
         cls, folder_or_repo: str | os.PathLike, revision: str | None = None, token: str | bool | None = None
     ) -> "LESSKernels":
         """Kernels from a folder or a Hub repository.
 
+        Args:
+            folder_or_repo: A folder with the two files, or a Hub id; of a repository nothing but these files is read.
+            revision: Branch, tag or commit of a repository; default: main.
+            token: For private and gated repositories; default: the one of `hf auth login`.
+
         Raises:
             LESSError: The folder or a file is missing, is no safetensors file (pickle is never read), does not match
-                its digest, or holds other tensors than the config describes.
+                its digest, or holds other tensors than the config describes; or the Hub does not hand it out.
         """
         folder = client.find(folder_or_repo, revision=revision, token=token)
         config = files.read_config(folder)
@@ -140,6 +176,7 @@ class LESSKernels(nn.Module):
         with torch.device("meta"):  # no allocation, no random numbers drawn from the user's generator
             kernels = cls(config)
         kernels.load_state_dict(tensors, assign=True)
+        kernels.source = str(folder)
         return kernels.requires_grad_(False)
 
     @classmethod

@@ -4,9 +4,12 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported
 
+import huggingface_hub
 import pytest
 import tiny
 import torch
+from hub_server import HubServer
+from huggingface_hub import constants
 from hypothesis import HealthCheck, settings
 
 SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large]  # drawing is cheap here, running is not
@@ -32,3 +35,26 @@ def tiny_llama():
 def tiny_kernels():
     """Factory: `tiny_kernels(model, rank=8, hidden_size=16, seed=0)`, see `tiny.tiny_kernels`."""
     return tiny.tiny_kernels
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A `hub_server.HubServer`; this process is its client, with an empty cache, no token and no patience."""
+    with HubServer() as server:
+        values = {
+            "ENDPOINT": server.endpoint,
+            "HUGGINGFACE_CO_URL_TEMPLATE": server.endpoint + "/{repo_id}/resolve/{revision}/{filename}",
+            "HF_HUB_CACHE": str(tmp_path / "cache"),
+            "HF_TOKEN_PATH": "/absent/token",
+            "HF_HUB_OFFLINE": False,
+            "HF_HUB_DISABLE_XET": True,
+            "HF_HUB_ETAG_TIMEOUT": 0.5,
+            "HF_HUB_DOWNLOAD_TIMEOUT": 0.5,
+        }
+        for name, value in values.items():
+            monkeypatch.setattr(constants, name, value)
+        monkeypatch.setattr(huggingface_hub.file_download, "_ETAG_RETRY_TIMEOUT", 0.2)
+        monkeypatch.setattr("time.sleep", lambda seconds: None)  # between the client's attempts
+        monkeypatch.delenv("HF_TOKEN", raising=False)
+        yield server
+        huggingface_hub.close_session()

@@ -233,9 +233,10 @@ class _Handler(BaseHTTPRequestHandler):
             raise _Refused(403 if self.token else 401, "Forbidden")
         wanted = json.loads(self.request_body)
         repo_id = f"{wanted.get('organization') or 'owner'}/{wanted['name']}"
+        private = wanted.get("visibility") == "private" or bool(wanted.get("private"))  # of the new client, of the old
         exists = repo_id in self.hub.repositories
         if not exists:
-            self.hub.create(repo_id, {".gitattributes": b""}, private=bool(wanted.get("private")))
+            self.hub.create(repo_id, {".gitattributes": b""}, private=private)
         self.answer({"url": f"{self.hub.endpoint}/{repo_id}", "name": repo_id, "id": repo_id}, 409 if exists else 200)
 
     def info(self, repo_id: str, revision: str | None) -> None:
@@ -249,7 +250,7 @@ class _Handler(BaseHTTPRequestHandler):
     def preupload(self, repo_id: str, revision: str) -> None:
         self.commit_of(self.repository(repo_id), revision)
         if self.token != OWNER_TOKEN:
-            raise _Refused(403, "Forbidden")
+            raise _Refused(403 if self.token else 401, "Forbidden")
         names = [file["path"] for file in json.loads(self.request_body)["files"]]
         modes = ["lfs" if is_large(name) else "regular" for name in names]
         files = [{"path": name, "uploadMode": mode, "shouldIgnore": False} for name, mode in zip(names, modes, strict=True)]

@@ -85,7 +85,7 @@ def test_newer_format_says_who_wrote_it():
 
 @pytest.mark.parametrize("version", ["0.2'; rm -rf ~ #", 5, None])
 def test_no_stranger_writes_the_command_to_upgrade(version):
-    with pytest.raises(LESSError, match="pip install -U less-cache$"):
+    with pytest.raises(LESSError, match=r"pip install -U less-cache$"):
         LESSConfig.from_json(json.dumps({**EVERYTHING, "format_version": 2, "less_cache_version": version}))
 
 

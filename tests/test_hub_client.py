@@ -13,7 +13,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
-from hub_server import OWNER_TOKEN, READER_TOKEN, STRANGER_TOKEN, HubServer
+from hub_server import OWNER_TOKEN, READER_TOKEN, STRANGER_TOKEN
 from huggingface_hub import constants
 from test_hub_files import contents, small_kernels
 
@@ -33,27 +33,10 @@ FILES, OTHER_FILES = files_of(small_kernels(seed=0)), files_of(small_kernels(see
 
 
 @pytest.fixture
-def hub(monkeypatch, tmp_path):
-    """A server with one set of kernels; this process is its client, with an empty cache and no patience."""
-    with HubServer() as server:
-        server.create(REPO, FILES)
-        values = {
-            "ENDPOINT": server.endpoint,
-            "HUGGINGFACE_CO_URL_TEMPLATE": server.endpoint + "/{repo_id}/resolve/{revision}/{filename}",
-            "HF_HUB_CACHE": str(tmp_path / "cache"),
-            "HF_TOKEN_PATH": "/absent/token",
-            "HF_HUB_OFFLINE": False,
-            "HF_HUB_DISABLE_XET": True,
-            "HF_HUB_ETAG_TIMEOUT": 0.5,
-            "HF_HUB_DOWNLOAD_TIMEOUT": 0.5,
-        }
-        for name, value in values.items():
-            monkeypatch.setattr(constants, name, value)
-        monkeypatch.setattr(huggingface_hub.file_download, "_ETAG_RETRY_TIMEOUT", 0.2)
-        monkeypatch.setattr("time.sleep", lambda seconds: None)  # between the client's attempts
-        monkeypatch.delenv("HF_TOKEN", raising=False)
-        yield server
-        huggingface_hub.close_session()
+def hub(hub):
+    """A server with one set of kernels."""
+    hub.create(REPO, FILES)
+    return hub
 
 
 def same(kernels: LESSKernels, seed: int = 0) -> bool:
@@ -213,7 +196,7 @@ def test_offline_with_a_copy(hub, monkeypatch):
 
 def test_offline_without_a_copy_says_what_to_do(hub, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(LESSError, match="not in the local cache, and HF_HUB_OFFLINE is set. Unset it, or run less-cache pull"):
+    with pytest.raises(LESSError, match=r"not in the local cache, and HF_HUB_OFFLINE is set. Unset it, or run less-cache pull"):
         LESSKernels.from_pretrained(REPO)
 
 
@@ -273,7 +256,7 @@ def test_a_copy_that_the_disk_damaged_is_downloaded_afresh(hub, tmp_path):
     content = bytearray(blob.read_bytes())
     content[-5] ^= 1
     blob.write_bytes(content)
-    with pytest.raises(LESSError, match="damaged .* and removed. Run again"):
+    with pytest.raises(LESSError, match=r"damaged .* and removed. Run again"):
         LESSKernels.from_pretrained(REPO)
     assert same(LESSKernels.from_pretrained(REPO))
 
@@ -309,7 +292,7 @@ def test_read_only_cache(hub, monkeypatch):
         hub.create("someone/others", OTHER_FILES)
         with nobody(cache):
             assert same(LESSKernels.from_pretrained(REPO))
-            with pytest.raises(LESSError, match="'someone/others': cannot write to the local cache .* set HF_HOME"):
+            with pytest.raises(LESSError, match=r"'someone/others': cannot write to the local cache .* set HF_HOME"):
                 LESSKernels.from_pretrained("someone/others")
 
 
@@ -342,7 +325,7 @@ def test_full_disk(hub, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "open", open_full)
-        with pytest.raises(LESSError, match="cannot write to the local cache .*No space left.* Free space"):
+        with pytest.raises(LESSError, match=r"cannot write to the local cache .*No space left.* Free space"):
             LESSKernels.from_pretrained(REPO)
     assert same(LESSKernels.from_pretrained(REPO))
 

@@ -18,6 +18,9 @@ CORE = [  # each imports only from those before it
     "hub.__init__",
     "hub.files",
     "hub.client",
+    "hub.card",
+    "hub.publish",
+    "hub.catalogue",
     "kernels",
     "state",
     "policies.base",
@@ -29,6 +32,7 @@ CORE = [  # each imports only from those before it
     "hook",
     "layer",
     "families",
+    "resolution",
     "cache",
     "__init__",
 ]

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import os
 import re
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -74,9 +75,12 @@ def upload(
 
 def read_card(repo_id: str, revision: str | None = None, token: str | bool | None = None) -> str | None:
     """The model card of a repository, None where there is no such repository or it has no card."""
-    with explained(f"Card of {repo_id!r}"):
+    with (
+        explained(f"Card of {repo_id!r}"),
+        tempfile.TemporaryDirectory() as folder,
+    ):  # not the cache: its branches lead to kernels
         try:
-            path = huggingface_hub.hf_hub_download(repo_id, constants.REPOCARD_NAME, revision=revision, token=token)
+            path = huggingface_hub.hf_hub_download(repo_id, "README.md", revision=revision, token=token, local_dir=folder)
         except hub_errors.GatedRepoError:  # before its base class
             raise
         except (hub_errors.RepositoryNotFoundError, hub_errors.RemoteEntryNotFoundError):
@@ -169,8 +173,8 @@ def _explanation(error: BaseException) -> str:
         return f"the repository lacks a file that kernels have ({CONFIG_NAME}, {WEIGHTS_NAME}). Is it a set of kernels?"
     if isinstance(error, hub_errors.OfflineModeIsEnabled):
         return "not in the local cache, and HF_HUB_OFFLINE is set. Unset it, or run less-cache pull where there is a network."
-    if isinstance(error, hub_errors.LocalEntryNotFoundError) and error.__cause__ is not None:
-        return _explanation(error.__cause__)
+    if isinstance(error, hub_errors.LocalEntryNotFoundError | RuntimeError) and error.__cause__ is not None:
+        return _explanation(error.__cause__)  # the client's wrapping
     if isinstance(error, hub_errors.HfHubHTTPError) and error.response is not None:
         return _status(error.response.status_code, error)
     if isinstance(error, hub_errors.HTTPError | hub_errors.LocalEntryNotFoundError | ConnectionError | TimeoutError):

@@ -23,7 +23,7 @@ MOST_HEADER_BYTES = 1_000  # a tensor, in the safetensors header
 
 def read_config(folder: Path) -> LESSConfig:
     """The folder's config. `LESSError` if it is missing or wrong."""
-    path = _file(folder, CONFIG_NAME)
+    path = locate(folder, CONFIG_NAME)
     if path.stat().st_size > MOST_CONFIG_BYTES:
         raise LESSError(f"{path}: expected at most {MOST_CONFIG_BYTES:,} bytes of JSON, got {path.stat().st_size:,}.")
     try:
@@ -36,7 +36,7 @@ def read_config(folder: Path) -> LESSConfig:
 
 def read_tensors(folder: Path, config: LESSConfig, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
     """The folder's tensors, float32, after checking size, digest, names, shapes, dtypes and finiteness."""
-    path = _file(folder, WEIGHTS_NAME)
+    path = locate(folder, WEIGHTS_NAME)
     most = sum(4 * math.prod(shape) + MOST_HEADER_BYTES for shape in shapes.values()) + MOST_HEADER_BYTES
     if path.stat().st_size > most:  # before anything reads it: a file may claim any size
         raise LESSError(f"{path}: expected at most {most:,} bytes for the sizes in {CONFIG_NAME}, got {path.stat().st_size:,}.")
@@ -64,7 +64,7 @@ def read_tensors(folder: Path, config: LESSConfig, shapes: Mapping[str, tuple[in
 
 def check_digest(folder: Path, config: LESSConfig) -> None:
     """Raise if the weights are not those that the config names. A config without a digest takes any."""
-    path = _file(folder, WEIGHTS_NAME)
+    path = locate(folder, WEIGHTS_NAME)
     if config.sha256 is not None and (digest := sha256(path)) != config.sha256:
         raise LESSError(
             f"{path}: expected sha256 {config.sha256}, got {digest}: the file is damaged or was swapped. Download it again."
@@ -118,8 +118,16 @@ def replace(folder: Path, contents: Mapping[str, bytes]) -> None:
             os.replace(Path(draft) / name, folder / name)
 
 
-def _file(folder: Path, name: str) -> Path:
-    """A file of the folder. Symbolic links may lead to the blobs of the Hub's cache, and nowhere else outside."""
+def describe(folder: Path) -> str:
+    """Types and size of the weights file, in words."""
+    path = locate(folder, WEIGHTS_NAME)
+    with safe_open(path, framework="pt") as file:
+        dtypes = sorted({str(STORED[file.get_slice(name).get_dtype()]).removeprefix("torch.") for name in file.keys()})  # noqa: SIM118
+    return f"{' and '.join(dtypes)}, {path.stat().st_size / 1e6:.1f} MB"
+
+
+def locate(folder: Path, name: str) -> Path:
+    """A file of the folder. `LESSError` if it is missing, or a symbolic link to elsewhere than the blobs of the Hub's cache."""
     path = folder / name
     if not path.is_file():
         found = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) or "an empty folder"

@@ -1,0 +1,162 @@
+"""The model card of a set of kernels, from what its config says."""
+
+import json
+import re
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from less_cache.config import LESSConfig
+from less_cache.errors import LESSError
+from less_cache.hub.client import FINGERPRINT_TAG, LIBRARY_TAG, is_repo_id
+
+PLOT_NAME = "perplexity.png"
+BEGIN = "<!-- less-cache: generated; what stands outside these two lines is kept -->"
+END = "<!-- less-cache: end -->"
+
+
+def render(
+    config: LESSConfig,
+    name: str,
+    weights: str,
+    previous: str | None = None,
+    license: str | None = None,
+    plot: bool = False,
+) -> str:
+    """The card's text, metadata first.
+
+    Args:
+        config: Of the kernels.
+        name: What `from_pretrained` is given to load them.
+        weights: The weights file in words.
+        previous: An older card: its own metadata, and its text outside the generated part, stay.
+        license: Of the base model, as the Hub writes it, such as `apache-2.0`. Default: the older card's.
+        plot: Whether `perplexity.png` stands beside the card.
+
+    Raises:
+        LESSError: The config names no Hub model as base model, or the older card's metadata cannot be read.
+    """
+    if config.base_model is None or not is_repo_id(config.base_model):
+        raise LESSError(
+            f"Card: expected the config's base_model to be a Hub id such as org/name, got {config.base_model!r}. "
+            "Set it: less-cache card --base-model, or kernels.config.base_model."
+        )
+    try:
+        older = ModelCard(previous or "---\n{}\n---\n")
+    except Exception as error:  # whatever the YAML parser and the metadata's own checks raise
+        raise LESSError(f"Card: expected metadata in YAML in the older card, got: {error}. Correct or remove it.") from error
+    text = "\n".join([BEGIN, *_sections(config, name, weights, plot), END])
+    if re.search(f"{re.escape(BEGIN)}.*{re.escape(END)}", older.text, re.DOTALL):
+        text = re.sub(f"{re.escape(BEGIN)}.*{re.escape(END)}", lambda _: text, older.text, count=1, flags=re.DOTALL)
+    elif older.text.strip():
+        text = f"{text}\n\n{older.text.strip()}"
+    metadata = {**older.data.to_dict(), **_metadata(config, name)}
+    metadata["tags"] = _tags(config, metadata.get("tags") or [])
+    if license is not None:
+        metadata["license"] = license
+    return f"---\n{ModelCardData(**metadata).to_yaml()}\n---\n\n{text.strip()}\n"
+
+
+def reports(config: LESSConfig) -> dict[str, dict]:
+    """The metrics that are reports of `less-cache eval perplexity`, by name."""
+    return {name: report for name, report in config.metrics.items() if isinstance(report, dict) and "results" in report}
+
+
+def _metadata(config: LESSConfig, name: str) -> dict:
+    metadata = {"base_model": config.base_model, "library_name": LIBRARY_TAG}
+    results = [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=label,
+            dataset_name=label,
+            metric_type="perplexity",
+            metric_name=f"perplexity, {row['policy']}",
+            metric_value=row["perplexity"],
+        )
+        for label, report in reports(config).items()
+        for rows in report["results"]
+        for row in rows
+        if row["cache"] == "less"
+    ]
+    return {**metadata, "model_name": name.split("/")[-1], "eval_results": results} if results else metadata
+
+
+def _tags(config: LESSConfig, older: list[str]) -> list[str]:
+    ours = ["kv-cache"]
+    if config.base_model_fingerprint is not None:
+        ours.append(FINGERPRINT_TAG.format(config.base_model_fingerprint[:16]))
+    prefix = FINGERPRINT_TAG.format("")
+    return [tag for tag in older if tag not in ours and not tag.startswith(prefix)] + ours
+
+
+def _sections(config: LESSConfig, name: str, weights: str, plot: bool) -> list[str]:
+    base = config.base_model or ""
+    policy = dict(config.policy or {})
+    trained_with = policy.pop("name", "no policy")
+    lines = [
+        f"# LESS kernels for {base.split('/')[-1]}, trained with {trained_with}",
+        "",
+        f"φ and ψ that let a less-cache read what {trained_with} evicts: R = {config.rank}, hidden size {config.hidden_size}, "
+        f"{len(config.layers or [])} layers, {weights}.",
+        "",
+        "```python",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "from less_cache import LESSCache",
+        "",
+        f'model = AutoModelForCausalLM.from_pretrained("{base}")',
+        f'tokenizer = AutoTokenizer.from_pretrained("{base}")',
+        f'cache = LESSCache.from_pretrained("{name}", model)  # keeps {_counts(policy)}, unless budget= says otherwise',
+        'inputs = tokenizer("A long text …", return_tensors="pt")',
+        "output = model.generate(**inputs, past_key_values=cache, max_new_tokens=256)",
+        "",
+        "# The same without the class, a budget in tokens:",
+        f'output = model.generate(**inputs, custom_generate="{name}", trust_remote_code=True, less_budget=128)',
+        "```",
+        "",
+        f"A derivative of [{base}](https://huggingface.co/{base}), whose licence applies.",
+    ]
+    if reports(config):
+        lines += ["", "## Measured", ""]
+        lines += [
+            "Text decoded token by token through the real cache. Gap recovered = (policy − this) / (policy − full), in",
+            "perplexity; *baseline+* is the policy with the bytes of the state as more tokens.",
+        ]
+        lines += ["", f"![Perplexity over the bytes of the cache]({PLOT_NAME})"] if plot else []
+        for label, report in reports(config).items():
+            lines += ["", *_table(label, report), "", *_command(base, name, report)]
+    if config.training:
+        lines += ["", "## Trained", "", "```yaml"]
+        lines += [f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in config.training.items()]
+        lines += ["```"]
+    lines += ["", f"Written by less-cache {config.less_cache_version}; sha256 of the weights: `{config.sha256}`."]
+    return lines
+
+
+def _table(label: str, report: dict) -> list[str]:
+    lines = [
+        f"**{label}** ({', '.join(report['data'])}): {report['sequences']} sequences, {report['prompt_length']} tokens read at "
+        f"once, then {report['decoded']} decoded.",
+        "",
+        "| cache | keeps | MB a sequence | perplexity | gap recovered |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for index, rows in enumerate(report["results"]):
+        for row in rows:
+            if row["cache"] == "full" and index > 0:
+                continue  # the same for every budget
+            keeps = _counts({key: count for key, count in (row["policy"] or {}).items() if key != "name"})
+            recovered = "" if row["gap_recovered"] is None else f"{row['gap_recovered']:.0%}"
+            lines.append(f"| {row['cache']} | {keeps} | {row['bytes'] / 1e6:.2f} | {row['perplexity']:.2f} | {recovered} |")
+    return lines
+
+
+def _command(base: str, name: str, report: dict) -> list[str]:
+    budgets = [sum(count for key, count in rows[-1]["policy"].items() if key != "name") for rows in report["results"]]
+    policy = report["results"][0][-1]["policy"]["name"]
+    options = [f"--data {path}" for path in report["data"]] + [f"--budget {budget}" for budget in budgets]
+    options += [f"--{key.replace('_', '-')} {report[key]}" for key in ("sequences", "prompt_length", "decoded")]
+    command = [f"less-cache eval perplexity {base} --kernels {name} --policy {policy}", " ".join(options)]
+    return ["```bash", " \\\n    ".join(command), "```"]
+
+
+def _counts(counts: dict) -> str:
+    return ", ".join(f"{key} {count}" if isinstance(count, int) else f"{key} {count:.1%}" for key, count in counts.items())

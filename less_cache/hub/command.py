@@ -1,0 +1,133 @@
+"""What `less-cache pull`, `push`, `info`, `verify` and `card` do."""
+
+import io
+import json
+from pathlib import Path
+
+from less_cache import models
+from less_cache.cache import LESSCache
+from less_cache.config import LESSConfig
+from less_cache.errors import LESSError
+from less_cache.hub import card, client, files, publish
+from less_cache.kernels import LESSKernels
+from less_cache.policies import H2O
+
+
+def pull(name: str, revision: str | None, output: Path | None) -> None:
+    """Download and check kernels; print the folder that holds them."""
+    folder = client.find(name, revision)
+    LESSKernels.from_pretrained(folder)
+    if output is not None:
+        files.replace(output, {part: (folder / part).read_bytes() for part in (files.WEIGHTS_NAME, files.CONFIG_NAME)})
+        folder = output
+    print(folder)
+
+
+def push(folder: Path, repo_id: str, revision: str | None, private: bool, license: str | None, dry_run: bool) -> None:
+    """Check kernels, then upload them with their card; or only say what an upload would send."""
+    LESSKernels.from_pretrained(_existing(folder))
+    if dry_run:
+        sent = publish.contents(folder, repo_id, license=license)
+        for name, content in sent.items():
+            print(f"{len(content):>12,}  {name}")
+        print(f"Nothing was sent: a dry run of a push to {repo_id}.")
+        return
+    print(publish.push(folder, repo_id, revision, private=private or None, license=license))
+
+
+def info(name: str, revision: str | None) -> None:
+    """Print what kernels say about themselves."""
+    folder = client.find(name, revision)
+    config = files.read_config(folder)
+    heads = f"{config.num_attention_heads} query heads, {config.num_key_value_heads} KV heads of {config.head_dim}"
+    lines = {
+        "folder": folder,
+        "base model": f"{config.base_model} ({config.model_type}), fingerprint {config.base_model_fingerprint}",
+        "layers": f"{len(config.layers or [])} of {config.num_hidden_layers}: {heads}",
+        "sizes": f"rank {config.rank}, hidden size {config.hidden_size}, {files.describe(folder)}",
+        "policy": config.policy,
+        "training": config.training,
+        "sha256": config.sha256,
+        "written by": f"less-cache {config.less_cache_version}, format {config.format_version}",
+    }
+    for label, text in lines.items():
+        print(f"{label:<12}{text}")
+    for label, report in card.reports(config).items():
+        for row in (row for rows in report["results"] for row in rows):
+            print(f"{'':<12}{label}: {row['cache']}, {row['bytes'] / 1e6:.2f} MB, perplexity {row['perplexity']:.2f}")
+
+
+def verify(name: str, revision: str | None, model_name: str | None) -> None:
+    """Check every byte of kernels, and whether they belong to a model."""
+    kernels = LESSKernels.from_pretrained(name, revision=revision)
+    if kernels.config.sha256 is None:
+        raise LESSError(
+            f"{name}: {files.CONFIG_NAME} names no sha256, so nothing tells whether the weights are the right ones."
+        )
+    if model_name is not None:
+        model, _ = models.load(model_name)
+        LESSCache(model, policy=H2O(1, 1), kernels=kernels)
+    print(f"{name}: as its config says" + (f", and trained for {model_name}." if model_name else "."))
+
+
+def write_card(folder: Path, reports: list[str], base_model: str | None, license: str | None, plot: bool) -> None:
+    """Put reports into the config, then write the card and `custom_generate/`; text of one's own in the card stays.
+
+    `reports`: `NAME=FILE`, with what `less-cache eval perplexity --output FILE` wrote about these kernels.
+    """
+    LESSKernels.from_pretrained(_existing(folder))
+    config = files.read_config(folder)
+    config.base_model = base_model or config.base_model
+    for entry in reports:
+        label, _, path = entry.partition("=")
+        config.metrics[label] = _report(label, Path(path), config)
+    image = {card.PLOT_NAME: draw(config)} if plot else {}
+    name = folder.name if folder.is_absolute() else folder.as_posix()
+    companions = publish.companions(folder, config, name, license=license, plot=plot)
+    files.replace(folder, {**image, **companions, files.CONFIG_NAME: config.to_json().encode()})
+    print(folder / publish.CARD_NAME)
+
+
+def draw(config: LESSConfig) -> bytes:
+    """The card's plot, PNG: perplexity over the bytes of the cache, a panel for each report."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise LESSError("The plot needs matplotlib: pip install 'less-cache[plot]'. Or pass --no-plot.") from error
+    named = card.reports(config)
+    if not named:
+        raise LESSError("The plot needs a report: pass --report NAME=FILE. Or pass --no-plot.")
+    figure = Figure(figsize=(4.5 * len(named), 3.5), layout="constrained")
+    for index, (label, report) in enumerate(named.items(), start=1):
+        axes = figure.add_subplot(1, len(named), index, title=label, xlabel="MB a sequence", ylabel="perplexity")
+        rows = [row for rows in report["results"] for row in rows]
+        axes.axhline(rows[0]["perplexity"], color="grey", linestyle="--", label="full cache")
+        for cache in ("policy", "baseline+", "less"):
+            points = sorted((row["bytes"] / 1e6, row["perplexity"]) for row in rows if row["cache"] == cache)
+            if points:
+                axes.plot(*zip(*points, strict=True), marker="o", label=cache)
+        axes.legend()
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=100, metadata={"Software": None})
+    return image.getvalue()
+
+
+def _existing(folder: Path) -> Path:
+    if not folder.is_dir():
+        raise LESSError(f"Expected a folder of kernels, got {folder}, which is none.")
+    return folder
+
+
+def _report(label: str, path: Path, config: LESSConfig) -> dict:
+    """A report of `less-cache eval perplexity`, as it stands in the config."""
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+        measured = report.pop("kernels_sha256")
+        del report["model"]
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise LESSError(
+            f"Expected --report NAME=FILE with a report of less-cache eval perplexity, got {label}={path}: {error!r}."
+        ) from error
+    if measured != config.sha256:
+        raise LESSError(f"{path}: a report on other kernels: expected sha256 {config.sha256}, got {measured}. Measure again.")
+    return report

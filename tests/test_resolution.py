@@ -1,0 +1,113 @@
+"""From a model to its kernels: the catalogue first, then the Hub, then the policy alone with one warning."""
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import tiny
+from huggingface_hub import constants
+from test_hub_files import contents
+from test_hub_publish import publishable
+
+from less_cache import H2O, LESSCache, LESSConfig, LESSError, SinkRecent
+from less_cache.families import fingerprint
+from less_cache.hub import catalogue, publish
+from less_cache.hub.files import CONFIG_NAME
+
+HUB = Path(__file__).parents[1] / "hub"
+
+
+@pytest.fixture
+def model():
+    return tiny.tiny_llama()
+
+
+@pytest.fixture
+def catalogued(monkeypatch, tmp_path):
+    """A catalogue with one set for `model`, in a folder and on the Hub."""
+    publishable().save_pretrained(tmp_path / "tiny-h2o")
+    entry = {"fingerprint": fingerprint(tiny.tiny_llama()), "folder": "tiny-h2o", "repo_id": "someone/catalogued"}
+    (tmp_path / "catalogue.json").write_text(json.dumps({"org/tiny": [entry]}))
+    monkeypatch.setattr(catalogue, "PATHS", (tmp_path / "absent.json", tmp_path / "catalogue.json"))
+    return tmp_path / "tiny-h2o"
+
+
+@pytest.fixture
+def nothing_catalogued(monkeypatch):
+    monkeypatch.setattr(catalogue, "PATHS", ())
+
+
+def put(hub, tmp_path, repo_id: str, **changes):
+    """Published kernels."""
+    folder = tmp_path / repo_id
+    publishable(**changes).save_pretrained(folder)
+    return hub.create(repo_id, publish.contents(folder, repo_id))
+
+
+@pytest.mark.parametrize("name", ["org/tiny", "/somewhere/model.gguf", ""])
+def test_catalogue_knows_the_weights_whatever_their_path(hub, catalogued, model, caplog, name):
+    model.name_or_path = model.config.name_or_path = name
+    with caplog.at_level(logging.INFO, "less_cache"):
+        cache = LESSCache.for_model(model, budget=12)
+    assert cache.kernels.source == str(catalogued) and str(catalogued) in caplog.text
+    assert cache.policy == H2O.from_budget(12)
+    assert not hub.log, "the Hub is not asked"
+
+
+def test_catalogue_knows_a_config_by_name(catalogued, model):
+    model.config.name_or_path = "org/tiny"
+    assert LESSCache.for_model(model.config).kernels.source == str(catalogued)
+
+
+def test_catalogue_s_repository_where_the_folder_is_not(hub, catalogued, tmp_path, model):
+    hub.create("someone/catalogued", contents(catalogued))
+    catalogued.rename(tmp_path / "elsewhere")
+    assert "someone--catalogued" in LESSCache.for_model(model).kernels.source
+
+
+@pytest.mark.usefixtures("nothing_catalogued")
+@pytest.mark.parametrize("name", ["org/tiny", "/somewhere/model.gguf"], ids=["by base model", "by fingerprint"])
+def test_the_hub(hub, tmp_path, model, caplog, name):
+    """Repositories that are damaged or for other weights are passed over."""
+    model.name_or_path = name
+    damaged = put(hub, tmp_path, "someone/damaged")
+    damaged.commit({**damaged.files, CONFIG_NAME: b"{"})
+    put(hub, tmp_path, "someone/for-other-weights", base_model_fingerprint="0" * 64)
+    put(hub, tmp_path, "someone/for-another-model", base_model="org/other", base_model_fingerprint="1" * 64)
+    put(hub, tmp_path, "someone/right")
+    cache = LESSCache.for_model(model, policy=SinkRecent(2, 6))
+    assert "someone--right" in cache.kernels.source and cache.policy == SinkRecent(2, 6)
+    assert "someone/right, found in the Hub" in caplog.text
+
+
+@pytest.mark.usefixtures("nothing_catalogued")
+@pytest.mark.parametrize("offline, reason", [(False, "less-cache train"), (True, "HF_HUB_OFFLINE")])
+def test_no_kernels_is_one_warning(hub, monkeypatch, model, offline, reason):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+    with pytest.warns(UserWarning, match=f"the policy alone is used.*{reason}") as caught:
+        cache = LESSCache.for_model(model, budget=0.25)
+    assert len(caught) == 1 and caught[0].filename == __file__
+    assert cache.kernels is None and cache.policy == H2O.from_budget(0.25)
+
+
+def test_budget_is_the_kernels_policy_at_another_size(catalogued, model):
+    for cache in (LESSCache.from_pretrained(catalogued, model, budget=10), LESSCache.for_model(model, budget=10)):
+        assert cache.policy == H2O(5, 5)
+    assert LESSCache.from_pretrained(catalogued, model).policy == H2O(0.25, 8)
+    assert LESSCache.from_pretrained(catalogued, model, SinkRecent(1, 2)).policy == SinkRecent(1, 2)
+    with pytest.raises(LESSError, match="expected a budget for the kernels' policy, got budget=10, policy=SinkRecent"):
+        LESSCache.from_pretrained(catalogued, model, SinkRecent(1, 2), budget=10)
+    with pytest.raises(LESSError, match="expected budget to be an int"):
+        LESSCache.for_model(model, budget=0)
+
+
+def test_the_catalogue_is_what_the_folders_say():
+    described = {
+        (config.base_model, config.base_model_fingerprint, path.parent.name)
+        for path in HUB.glob(f"*/{CONFIG_NAME}")
+        if (config := LESSConfig.from_json(path.read_text()))
+    }
+    entries = json.loads((HUB / "catalogue.json").read_text())
+    listed = {(name, entry["fingerprint"], entry["folder"]) for name, sets in entries.items() for entry in sets}
+    assert described and listed == described
