@@ -1,0 +1,157 @@
+"""`less-cache pull`, `push`, `info`, `verify` and `card`, and the recipe that joins them with training and measuring."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+from hub_server import OWNER_TOKEN
+from huggingface_hub import ModelCard
+from test_cli import model, run, text  # noqa: F401
+from test_hub_files import change_config, contents
+from test_hub_publish import PUBLISHED, REPORT, publishable
+
+from less_cache import LESSKernels
+from less_cache.hub import card
+from less_cache.hub.files import CONFIG_NAME, WEIGHTS_NAME
+
+REPO = "owner/kernels"
+RECIPE = Path(__file__).parents[1] / "hub" / "publish.py"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    publishable().save_pretrained(tmp_path / "kernels")
+    return tmp_path / "kernels"
+
+
+def test_push_then_pull(hub, folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", OWNER_TOKEN)
+    pushed = run("push", folder, REPO, "--license", "mit")
+    assert pushed.exit_code == 0 and pushed.stdout.startswith(f"{hub.endpoint}/{REPO}/commit/")
+    pulled = run("pull", REPO)
+    assert pulled.exit_code == 0 and WEIGHTS_NAME in contents(Path(pulled.stdout.strip()))
+    copied = run("pull", REPO, "--output", tmp_path / "copy")
+    assert copied.exit_code == 0 and contents(tmp_path / "copy") == contents(folder)
+
+
+def test_a_pull_replaces_nothing_good(hub, folder, tmp_path):
+    hub.create(REPO, {**contents(folder), WEIGHTS_NAME: b"bad"})
+    result = run("pull", REPO, "--output", folder)
+    assert result.exit_code == 1 and "expected sha256" in result.stderr
+    LESSKernels.from_pretrained(folder)
+
+
+def test_dry_run_sends_nothing(hub, folder):
+    result = run("push", folder, REPO, "--dry-run")
+    assert result.exit_code == 0 and not hub.log
+    assert all(name in result.stdout for name in PUBLISHED)
+
+
+def test_info(folder):
+    result = run("info", folder)
+    assert result.exit_code == 0
+    for said in ("org/tiny (llama)", "2 of 2: 4 query heads", "rank 2, hidden size 4, float32", "prose: less, 2.00 MB"):
+        assert said in result.stdout
+
+
+def test_verify(folder, model):  # noqa: F811
+    assert run("verify", folder).exit_code == 0
+    right = run("verify", folder, "--model", model)
+    assert right.exit_code == 0 and f"trained for {model}" in right.stdout
+    other = tiny.tiny_llama()
+    other.model.norm.weight.data += 1
+    other.save_pretrained(model)
+    wrong = run("verify", folder, "--model", model)
+    assert wrong.exit_code == 1 and "another base model" in wrong.stderr
+    change_config(folder, sha256=None)
+    unknown = run("verify", folder)
+    assert unknown.exit_code == 1 and "names no sha256" in unknown.stderr
+
+
+def write_report(folder: Path, **changes) -> Path:
+    sha256 = json.loads((folder / CONFIG_NAME).read_text())["sha256"]
+    path = folder.parent / "report.json"
+    path.write_text(json.dumps({"model": "tiny", "kernels_sha256": sha256, **REPORT, **changes}))
+    return path
+
+
+def test_card(folder):
+    change_config(folder, metrics={}, base_model="/somewhere/local")
+    weights = (folder / WEIGHTS_NAME).read_bytes()
+    options = ("--report", f"novel={write_report(folder)}", "--base-model", "org/tiny", "--license", "mit", "--no-plot")
+    assert run("card", folder, *options).exit_code == 0
+    written = contents_below(folder)
+    assert set(written) == PUBLISHED and written[WEIGHTS_NAME] == weights
+    assert LESSKernels.from_pretrained(folder).config.metrics == {"novel": REPORT}
+    assert ModelCard.load(folder / "README.md").data.license == "mit"
+    assert run("card", folder, "--no-plot").exit_code == 0
+    assert contents_below(folder) == written
+
+
+def contents_below(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_card_s_plot(folder):
+    pytest.importorskip("matplotlib", reason="an extra")
+    assert run("card", folder).exit_code == 0
+    assert (folder / card.PLOT_NAME).read_bytes().startswith(b"\x89PNG")
+    assert card.PLOT_NAME in (folder / "README.md").read_text()
+
+
+BAD = {
+    "no folder": (("card", "absent"), "Expected a folder of kernels"),
+    "push no folder": (("push", "absent", REPO), "Expected a folder of kernels"),
+    "no report": (("card", "KERNELS", "--report", "prose=absent.json"), "Expected --report NAME=FILE"),
+    "no name": (("card", "KERNELS", "--report", "absent.json"), "Expected --report NAME=FILE"),
+    "other kernels": (("card", "KERNELS", "--report", "prose=OTHER"), "a report on other kernels"),
+    "no kernels": (("verify", "absent-organisation/absent"), "HF_HUB_OFFLINE"),
+    "no kernels to tell of": (("info", "./absent"), "not a valid Hub repository id"),
+}
+
+
+@pytest.mark.parametrize("arguments, said", BAD.values(), ids=BAD)
+def test_bad_input_ends_in_one_line(folder, arguments, said):
+    before = contents_below(folder)
+    other = write_report(folder, kernels_sha256="0" * 64)
+    result = run(*(word.replace("KERNELS", str(folder)).replace("OTHER", str(other)) for word in arguments))
+    assert result.exit_code == 1 and result.stderr.startswith("error: ") and said in result.stderr
+    assert result.stderr.count("\n") == 1 and contents_below(folder) == before
+
+
+def test_recipe(hub, model, text, tmp_path, monkeypatch, capsys):  # noqa: F811
+    """Train, store, measure, describe, verify: a folder that is ready to publish, and nothing was sent."""
+    pytest.importorskip("matplotlib", reason="an extra")
+    steps = "--layerwise-steps 1 --joint-steps 1 --prompts-per-step 1 --hidden-size 4"
+    measured = ["--report", f"austen={text}", "--budget", "8", "--budget", "12"]
+    lengths = ["--sequences", "2", "--prompt-length", "40", "--decoded", "8"]
+    folder = tmp_path / "tiny-h2o"
+    options = [
+        "--base-model",
+        "org/tiny",
+        "--train-data",
+        str(text),
+        *measured,
+        *lengths,
+        "--license",
+        "mit",
+        "--train-options",
+        steps,
+    ]
+    monkeypatch.setattr(sys, "argv", ["publish.py", str(model), str(folder), REPO, *options])
+    runpy.run_path(str(RECIPE), run_name="__main__")
+    printed = capsys.readouterr().out
+    assert [line.split()[2] for line in printed.splitlines() if line.startswith("$ ")] == [
+        "train",
+        "eval",
+        "card",
+        "verify",
+        "push",
+    ]
+    assert set(contents_below(folder)) == PUBLISHED | {card.PLOT_NAME}
+    kernels = LESSKernels.from_pretrained(folder)
+    assert kernels.config.base_model == "org/tiny" and len(kernels.config.metrics["austen"]["results"]) == 2
+    assert f"less-cache push {folder} {REPO}" in printed and not hub.log
