@@ -124,7 +124,7 @@ def test_bad_input_ends_in_one_line(folder, arguments, said):
 
 def test_recipe(hub, model, text, tmp_path, monkeypatch, capsys):  # noqa: F811
     """Train, store, measure, describe, verify: a folder that is ready to publish, and nothing was sent."""
-    pytest.importorskip("matplotlib", reason="an extra")
+    monkeypatch.setattr("less_cache.hub.command.draw", lambda config: b"a plot")  # has its own test; needs an extra
     steps = "--layerwise-steps 1 --joint-steps 1 --prompts-per-step 1 --hidden-size 4"
     measured = ["--report", f"austen={text}", "--budget", "8", "--budget", "12"]
     lengths = ["--sequences", "2", "--prompt-length", "40", "--decoded", "8"]

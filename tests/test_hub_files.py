@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import tempfile
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,10 @@ from safetensors.torch import load_file, save_file
 from tiny import tiny_kernels, tiny_llama
 
 from less_cache import LESSConfig, LESSError, LESSKernels
+from less_cache.config import FORMAT_VERSION
 from less_cache.hub.files import CONFIG_NAME, WEIGHTS_NAME
+
+FIXTURES = Path(__file__).parent / "fixtures"
 
 
 def small_kernels(seed: int = 0) -> LESSKernels:
@@ -103,6 +107,38 @@ def test_saved_over_the_files_that_it_came_from(folder):
     assert contents(folder) == before
 
 
+@pytest.mark.parametrize("dtype, closeness", [(torch.float16, 2**-11), (torch.bfloat16, 2**-8)])
+def test_saved_in_16_bit(tmp_path, dtype, closeness):
+    """Half the bytes, and each number rounded once."""
+    for name, chosen in (("32", torch.float32), ("16", dtype)):
+        small_kernels().save_pretrained(tmp_path / name, dtype=chosen)
+    sizes = [sum(tensor.nbytes for tensor in load_file(tmp_path / name / WEIGHTS_NAME).values()) for name in ("32", "16")]
+    assert sizes[0] == 2 * sizes[1]
+    loaded = LESSKernels.from_pretrained(tmp_path / "16").state_dict()
+    for name, tensor in small_kernels().state_dict().items():
+        torch.testing.assert_close(loaded[name], tensor, rtol=closeness, atol=1e-7)
+
+
+def test_a_number_beyond_float16_is_not_saved(tmp_path):
+    kernels = small_kernels()
+    kernels.layers["0"].key_mix[0, 0, 0] = 70_000
+    with pytest.raises(LESSError, match=r"layers\.0\.key_mix holds NaN or infinity"):
+        kernels.save_pretrained(tmp_path, dtype=torch.float16)
+    with pytest.raises(LESSError, match=r"Expected dtype to be torch.float32, torch.float16 or torch.bfloat16, got torch.int8"):
+        kernels.save_pretrained(tmp_path, dtype=torch.int8)
+    assert not contents(tmp_path)
+
+
+@pytest.mark.parametrize("version", range(1, FORMAT_VERSION + 1))
+def test_every_format_keeps_loading(version):
+    """`tests/fixtures/format-1` was saved by 0.1.0 and is never written again."""
+    kernels = LESSKernels.from_pretrained(FIXTURES / f"format-{version}")
+    assert kernels.config.format_version == version
+    assert kernels.config.policy == {"name": "h2o", "heavy": 0.25, "recent": 8}
+    expected = small_kernels(seed=version).state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in kernels.state_dict().items())
+
+
 # What is wrong with a file
 
 
@@ -137,7 +173,76 @@ def config_damage(**changes):
 
 
 ONE = "layers.1.key_mix"
+
+
+def header_damage(header: dict | bytes, data: bytes = b""):
+    """A damage: weights with this safetensors header."""
+    content = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return write_weights(len(content).to_bytes(8, "little") + content + data)
+
+
+def link(name: str, target: str):
+    """A damage: a symbolic link in place of the file, to a copy of it elsewhere."""
+
+    def damage(folder: Path) -> None:
+        elsewhere = folder.parent / f"{folder.name}-elsewhere"
+        elsewhere.mkdir()
+        (folder / name).rename(elsewhere / name)
+        (folder / name).symlink_to(target.format(elsewhere=elsewhere, name=name))
+
+    return damage
+
+
+def sparse(name: str):
+    """A damage: a terabyte that takes no space."""
+    return lambda folder: os.truncate(folder / name, 10**12)
+
+
+def rename(name: str, to: str):
+    return lambda folder: (folder / name).rename(folder / to)
+
+
+def fifo(folder: Path) -> None:
+    (folder / WEIGHTS_NAME).unlink()
+    os.mkfifo(folder / WEIGHTS_NAME)
+
+
+TERABYTE = {"dtype": "F32", "shape": [250_000_000_000], "data_offsets": [0, 10**12]}
+
 DAMAGES = {
+    "weights are a link out of the folder": (link(WEIGHTS_NAME, "{elsewhere}/{name}"), "a symbolic link out of the folder"),
+    "config is a link out of the folder": (
+        link(CONFIG_NAME, "../{elsewhere}/{name}"),
+        "a symbolic link out of the folder|expected",
+    ),
+    "link to nothing": (link(WEIGHTS_NAME, "absent"), f"expected {WEIGHTS_NAME}"),
+    "link to itself": (link(WEIGHTS_NAME, WEIGHTS_NAME), f"expected {WEIGHTS_NAME}"),
+    "pipe": (fifo, f"expected {WEIGHTS_NAME}"),
+    "renamed": (rename(WEIGHTS_NAME, "model.safetensors"), f"expected {WEIGHTS_NAME}, found {CONFIG_NAME}, model.safetensors"),
+    "renamed tensor": (
+        tensor_damage(lambda tensors: tensors.update({"layers.1.mix": tensors.pop("layers.1.key_mix")})),
+        "1 tensors are missing, the first is 'layers.1.key_mix'",
+    ),
+    "tensors named like paths": (
+        tensor_damage(lambda tensors: tensors.update({"../../escape": torch.zeros(1)})),
+        r"1 unexpected tensors, the first is '\.\./\.\./escape'",
+    ),
+    "a terabyte of weights": (sparse(WEIGHTS_NAME), r"expected at most [\d,]+ bytes .* got 1,000,000,000,000"),
+    "a terabyte of config": (sparse(CONFIG_NAME), r"expected at most 10,000,000 bytes of JSON, got 1,000,000,000,000"),
+    "a header that claims a terabyte": (header_damage({"layers.1.key_mix": TERABYTE}), "not a readable safetensors file"),
+    "a header of a terabyte": (write_weights((10**12).to_bytes(8, "little")), "not a readable safetensors file"),
+    "a header of negative shapes": (
+        header_damage({"x": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}}, b"1234"),
+        "not a readable safetensors file",
+    ),
+    "tensors that overlap": (
+        header_damage({n: {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]} for n in "xy"}, b"1234"),
+        "not a readable safetensors file",
+    ),
+    "a header that is no JSON": (header_damage(b"{" * 100), "not a readable safetensors file"),
+    "absurdly many layers": (config_damage(num_hidden_layers=10**6, layers=None), "num_hidden_layers to be at most 10,000"),
+    "many layers": (config_damage(num_hidden_layers=10_000, layers=None), "69986 tensors are missing"),
+    "absurd sizes": (config_damage(hidden_size=10**6, rank=10**6, head_dim=10**6, sha256=None), "expected shape"),
     "no config": (lambda folder: (folder / CONFIG_NAME).unlink(), rf"expected {CONFIG_NAME}, found {WEIGHTS_NAME}"),
     "no weights": (lambda folder: (folder / WEIGHTS_NAME).unlink(), rf"expected {WEIGHTS_NAME}, found {CONFIG_NAME}"),
     "config is a folder": (lambda folder: [(folder / CONFIG_NAME).unlink(), (folder / CONFIG_NAME).mkdir()], "expected"),
@@ -173,10 +278,16 @@ DAMAGES = {
 
 @pytest.mark.parametrize("damage, message", DAMAGES.values(), ids=DAMAGES)
 def test_damaged_folder(folder, damage, message):
+    """One error that names the folder, and hardly any memory: whatever a file claims is checked before it is read."""
     damage(folder)
-    with pytest.raises(LESSError, match=message) as caught:
-        LESSKernels.from_pretrained(folder)
-    assert str(folder) in str(caught.value)
+    tracemalloc.start()
+    try:
+        with pytest.raises(LESSError, match=message) as caught:
+            LESSKernels.from_pretrained(folder)
+        assert tracemalloc.get_traced_memory()[1] < 50_000_000
+    finally:
+        tracemalloc.stop()
+    assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_a_pickle_is_never_loaded(folder, tmp_path_factory):
@@ -278,6 +389,29 @@ def saved() -> dict[str, bytes]:
         small_kernels().save_pretrained(name)
         change_config(Path(name), sha256=None)
         return contents(Path(name))
+
+
+ENTRIES = st.fixed_dictionaries(
+    {
+        "dtype": st.sampled_from(["F32", "F16", "BF16", "F64", "I64", "U8", "F8_E4M3", "x", ""]),
+        "shape": st.lists(st.sampled_from([0, 1, 2, 4, 8, 2**31, 2**62, -1]), max_size=4),
+        "data_offsets": st.lists(st.sampled_from([0, 4, 32, 64, 128, 2**40, 2**63, -1]), min_size=2, max_size=2),
+    }
+)
+
+
+@given(
+    header=st.dictionaries(st.sampled_from([ONE, "layers.0.query_in", "x", "__metadata__"]), ENTRIES),
+    data=st.binary(max_size=200),
+)
+def test_fuzzed_headers(saved, header, data):
+    """Headers that are well-formed, and claim anything."""
+    with tempfile.TemporaryDirectory() as name:
+        (Path(name) / CONFIG_NAME).write_bytes(saved[CONFIG_NAME])
+        content = json.dumps(header).encode()
+        (Path(name) / WEIGHTS_NAME).write_bytes(len(content).to_bytes(8, "little") + content + data)
+        with pytest.raises(LESSError, match=name):
+            LESSKernels.from_pretrained(name)
 
 
 @pytest.mark.parametrize("damaged", [CONFIG_NAME, WEIGHTS_NAME])

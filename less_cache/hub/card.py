@@ -69,7 +69,7 @@ def _metadata(config: LESSConfig, name: str) -> dict:
             dataset_type=label,
             dataset_name=label,
             metric_type="perplexity",
-            metric_name=f"perplexity, {row['policy']}",
+            metric_name=f"perplexity, {row['policy']['name']} {_counts(row['policy'])}",
             metric_value=row["perplexity"],
         )
         for label, report in reports(config).items()
@@ -90,8 +90,8 @@ def _tags(config: LESSConfig, older: list[str]) -> list[str]:
 
 def _sections(config: LESSConfig, name: str, weights: str, plot: bool) -> list[str]:
     base = config.base_model or ""
-    policy = dict(config.policy or {})
-    trained_with = policy.pop("name", "no policy")
+    policy = config.policy or {}
+    trained_with = policy.get("name", "no policy")
     lines = [
         f"# LESS kernels for {base.split('/')[-1]}, trained with {trained_with}",
         "",
@@ -143,7 +143,7 @@ def _table(label: str, report: dict) -> list[str]:
         for row in rows:
             if row["cache"] == "full" and index > 0:
                 continue  # the same for every budget
-            keeps = _counts({key: count for key, count in (row["policy"] or {}).items() if key != "name"})
+            keeps = _counts(row["policy"] or {})
             recovered = "" if row["gap_recovered"] is None else f"{row['gap_recovered']:.0%}"
             lines.append(f"| {row['cache']} | {keeps} | {row['bytes'] / 1e6:.2f} | {row['perplexity']:.2f} | {recovered} |")
     return lines
@@ -158,5 +158,7 @@ def _command(base: str, name: str, report: dict) -> list[str]:
     return ["```bash", " \\\n    ".join(command), "```"]
 
 
-def _counts(counts: dict) -> str:
+def _counts(policy: dict) -> str:
+    """The sizes in a policy's JSON form, in words."""
+    counts = {key: count for key, count in policy.items() if key != "name"}
     return ", ".join(f"{key} {count}" if isinstance(count, int) else f"{key} {count:.1%}" for key, count in counts.items())
