@@ -19,13 +19,13 @@ def group_heads(by_query_head: torch.Tensor, num_key_value_heads: int) -> torch.
 def attention_logits(
     query_states: torch.Tensor,
     key_states: torch.Tensor,
-    visible: torch.Tensor,
+    visible: torch.Tensor | None,
     scaling: float,
     softcap: float | None = None,
 ) -> torch.Tensor:
     """q k · scaling, soft-capped, -inf where not `visible`: `[b, g, s, n, c]` float32.
 
-    `query_states`: `[b, h, n, d]`, `key_states`: `[b, g, c, d]`, `visible`: bool, broadcast to `[b, g, n, c]`.
+    `query_states`: `[b, h, n, d]`, `key_states`: `[b, g, c, d]`, `visible`: bool, broadcast to `[b, g, n, c]`; None: all.
     """
     query_states = group_heads(query_states.float() * scaling, key_states.shape[1])  # [b, g, s, n, d]
     b, g, s, n, d = query_states.shape
@@ -33,7 +33,7 @@ def attention_logits(
     logits = logits.view(b, g, s, n, -1)
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
-    return logits.masked_fill(~visible.unsqueeze(2), -torch.inf)
+    return logits if visible is None else logits.masked_fill(~visible.unsqueeze(2), -torch.inf)
 
 
 def sparse_softmax(logits: torch.Tensor, sinks: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:

@@ -91,7 +91,12 @@ def train(
     policy: Annotated[str, typer.Option(metavar="NAME", help="Policy to train with.")] = "h2o",
     layerwise_steps: Annotated[int, typer.Option(min=0, help="Steps on every layer's own attention output.")] = 80,
     joint_steps: Annotated[int, typer.Option(min=0, help="Steps on the model's output, all layers under LESS.")] = 200,
-    prompts_per_step: Annotated[int, typer.Option(min=1, help="Prompt lengths drawn for one step.")] = 2,
+    prompt_lengths: Annotated[
+        list[int] | None,
+        typer.Option("--prompt-length", min=1, metavar="TOKENS", help="Repeatable. Default: 256, 512, 1024 and 2048."),
+    ] = None,
+    prompts_per_step: Annotated[int, typer.Option(min=1, help="Prompt lengths drawn for one step.")] = 3,
+    batch_size: Annotated[int, typer.Option(min=1, help="Sequences a step.")] = 2,
     hidden_size: Annotated[int, typer.Option(min=1, help="Hidden size of φ and ψ.")] = 64,
     dtype: Annotated[str, typer.Option(help="Type of the model's weights: float32 or bfloat16.")] = "float32",
     seed: Annotated[int, typer.Option(help="Of the initial weights and of every draw.")] = 0,
@@ -108,7 +113,9 @@ def train(
         policy=policy,
         layerwise_steps=layerwise_steps,
         joint_steps=joint_steps,
+        prompts=tuple(sorted(prompt_lengths)) if prompt_lengths else TrainingOptions.prompts,
         prompts_per_step=prompts_per_step,
+        batch_size=batch_size,
         hidden_size=hidden_size,
         seed=seed,
     )

@@ -11,9 +11,10 @@ from transformers.cache_utils import CacheLayerMixin
 from less_cache import hook
 from less_cache.attention import attention_logits
 from less_cache.kernels import LayerKernels
-from less_cache.layer import QUERY_BLOCK
 from less_cache.policies import EvictionPolicy
 from less_cache.training.simulate import Decode, attend, columns, roll
+
+QUERY_BLOCK = 32  # queries scored at once: their weights over a long prompt stay in the processor's cache
 
 
 class TrainingLayer(CacheLayerMixin):
@@ -76,11 +77,11 @@ class TeacherLayer(TrainingLayer):
         if earlier is not None and start == 0:
             start = earlier.shape[-1]
             scores[:, :, :start] = earlier
+        keys = self.keys[:, :, :p].float()
         for first in range(start, p, QUERY_BLOCK):
             rows = slice(first, min(first + QUERY_BLOCK, p))
-            visible = (column[: rows.stop] <= column[rows, None]).expand(b, g, -1, rows.stop)
-            keys = self.keys[:, :, : rows.stop]
-            logits = attention_logits(self.queries[:, :, rows], keys, visible, self.scaling, self.softcap)
+            logits = attention_logits(self.queries[:, :, rows], keys[:, :, : rows.stop], None, self.scaling, self.softcap)
+            logits[..., first:].masked_fill_(column[first : rows.stop] > column[rows, None], -torch.inf)
             scores[:, :, : rows.stop] = policy.observe(
                 scores[:, :, : rows.stop], logits.softmax(dim=-1), column[rows].expand(b, -1)
             )

@@ -40,9 +40,9 @@ class TrainingOptions:
     Args:
         policy: Name in `POLICIES`.
         least_budget, most_budget: Tokens kept, as a fraction of the tokens seen; drawn log-uniformly for each prompt.
-        prompts: Prompt lengths; each sequence is long enough for the longest and its decoded tokens.
+        prompts: Prompt lengths.
         decoded: Tokens decoded after each prompt.
-        batch_size: Sequences a step.
+        batch_size: Sequences a step, each as long as the longest prompt of the step and its decoded tokens.
         layerwise_steps: Steps of the first stage: each layer matches its own dense attention output.
         joint_steps: Steps of the second stage: all layers run under LESS, the model's output distribution is matched.
         prompts_per_step: Prompt lengths drawn for one step.
@@ -55,12 +55,12 @@ class TrainingOptions:
     policy: str = "h2o"
     least_budget: float = 0.02
     most_budget: float = 0.2
-    prompts: tuple[int, ...] = (128, 256, 384, 512)
+    prompts: tuple[int, ...] = (256, 512, 1024, 2048)
     decoded: int = 128
-    batch_size: int = 4
+    batch_size: int = 2
     layerwise_steps: int = 80
     joint_steps: int = 200
-    prompts_per_step: int = 2
+    prompts_per_step: int = 3
     layerwise_learning_rate: float = 2e-3
     joint_learning_rate: float = 1e-3
     rank: int = 8
@@ -176,7 +176,6 @@ class _Run:
         options = self.options
         draw = random.Random(f"{options.seed}/{self.step}")
         generator = torch.Generator().manual_seed(draw.getrandbits(63))
-        tokens = self.sampler.batch(options.batch_size, max(options.prompts) + options.decoded, generator)
         prompts = []
         for prompt_length in options.prompts:
             fraction = math.exp(draw.uniform(math.log(options.least_budget), math.log(options.most_budget)))
@@ -184,6 +183,7 @@ class _Run:
             prompts.append((prompt_length, policy_class(options.policy).from_budget(budget)))
         chosen = sorted(draw.sample(range(len(prompts)), min(len(prompts), options.prompts_per_step)))
         prompts = [prompts[index] for index in chosen]
+        tokens = self.sampler.batch(options.batch_size, prompts[-1][0] + options.decoded, generator)
         return tokens.to(self.model.device), prompts
 
     @torch.no_grad()
