@@ -39,11 +39,11 @@ def attention_logits(
 def sparse_softmax(logits: torch.Tensor, sinks: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """Softmax over the kept tokens alone, what a policy sees: weights `[b, g, s, n, c]` and log-sum-exp `[b, g, s, n, 1]`.
 
-    `sinks`: `[h]` or None, learned logits without a value (gpt-oss) that share the denominator.
+    `sinks`: `[h]`, `[b, h]` or None, learned logits without a value (gpt-oss) that share the denominator.
     """
     largest = logits.amax(dim=-1, keepdim=True)
     if sinks is not None:
-        sinks = sinks.float().view(1, logits.shape[1], logits.shape[2], 1, 1)
+        sinks = sinks.float().view(-1, logits.shape[1], logits.shape[2], 1, 1)
         largest = torch.maximum(largest, sinks)
     weights = (logits - largest).exp()
     mass = weights.sum(dim=-1, keepdim=True)

@@ -54,7 +54,7 @@ def test_demo_without_kernels_says_so(model, text):
 
 
 def test_train_then_evaluate(model, text, tmp_path):
-    steps = ("--layerwise-steps", 1, "--joint-steps", 1, "--prompts-per-step", 1, "--hidden-size", 4)
+    steps = ("--layerwise-steps", 1, "--joint-steps", 1, "--prompt-length", 40, "--sequences", 2, "--hidden-size", 4)
     trained = run("train", model, "--data", text, "--output", tmp_path / "kernels", *steps)
     assert trained.exit_code == 0, trained.output
     assert LESSKernels.from_pretrained(tmp_path / "kernels").config.training["data"] == ["text.txt"]
