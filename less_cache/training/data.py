@@ -6,9 +6,9 @@ Axes: `b` sequences, `t` tokens.
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
 from less_cache.errors import LESSError
 from less_cache.training.files import load_tensors, save_tensors
@@ -90,7 +90,7 @@ def hub_text(dataset: str, tokenizer, tokens: int) -> torch.Tensor:
 
 
 def own_text(
-    model: PreTrainedModel,
+    model: Any,
     sequences: int,
     length: int,
     seed: int,

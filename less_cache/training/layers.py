@@ -4,6 +4,7 @@ Axes: `b` batch, `h` query heads, `g` KV heads, `n` queries, `t` tokens, `p` pro
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from transformers import Cache, DynamicCache, PreTrainedConfig
@@ -149,25 +150,26 @@ def full_attention_layers(config: PreTrainedConfig) -> list[int]:
 
 def teacher_cache(config: PreTrainedConfig, kernels: LESSKernels) -> Cache:
     """A cache for a dense forward: a `TeacherLayer` where there are kernels, a `DenseLayer` elsewhere."""
-    layers: list[TrainingLayer] = []
+    layers: list[Any] = []
     for index, layer in enumerate(DynamicCache(config=config).layers):
         if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
             raise LESSError(
                 f"Layer {index} is a {type(layer).__name__}: a recurrent layer cannot be run from the middle of a sequence, "
                 "which the second stage needs. Train with joint_steps=0."
             )
-        layers.append(DenseLayer(layer.is_sliding) if kernels.for_layer(index) is None else TeacherLayer())
+        is_sliding = type(layer) is DynamicSlidingWindowLayer
+        layers.append(DenseLayer(is_sliding) if kernels.for_layer(index) is None else TeacherLayer())
     return Cache(layers=layers)
 
 
 def student_cache(teacher: Cache, example: Example, decodes: Sequence[Decode], kernels: LESSKernels) -> Cache:
     """A cache for the block decoded after the example's prompt; `decodes`: of the layers with kernels, in order."""
     remaining = iter(decodes)
-    layers: list[TrainingLayer] = []
+    layers: list[Any] = []
     for index, layer in enumerate(teacher.layers):
         if isinstance(layer, TeacherLayer):
             layers.append(StudentLayer(layer, next(remaining), kernels.for_layer(index)))
-        else:
+        elif isinstance(layer, DenseLayer):
             layers.append(DenseLayer(layer.is_sliding, (layer, example.prompt_length)))
     return Cache(layers=layers)
 

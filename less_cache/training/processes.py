@@ -1,7 +1,7 @@
 """Several processes of one training run, started by `accelerate launch` or `torchrun`; or just one."""
 
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from accelerate import PartialState
@@ -19,7 +19,7 @@ class Processes:
 
     def __init__(self, device: torch.device):
         self.device = device
-        self.state = PartialState(cpu=device.type == "cpu")
+        self.state: Any = PartialState(cpu=device.type == "cpu")
 
     @property
     def is_first(self) -> bool:
