@@ -13,15 +13,16 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+import zoo
 
-from less_cache import CORM, H2O, LESSCache, LESSError, LESSKernels, SinkRecent
+from less_cache import CORM, H2O, LESSCache, LESSError, LESSKernels, SinkRecent, hook
 from less_cache.attention import attention_logits
 from less_cache.layer import LESSLayer
 from less_cache.training import TokenSampler, TrainingOptions, estimate, train
 from less_cache.training import joint as joint_module
 from less_cache.training.capture import Shard, layer_folder, shard_path
-from less_cache.training.data import own_text
-from less_cache.training.layers import TeacherLayer, roll_layers
+from less_cache.training.data import hub_text, own_text
+from less_cache.training.layers import TeacherLayer, roll_layers, student_cache, teacher_cache
 from less_cache.training.options import Example, draw_examples
 from less_cache.training.simulate import attend, columns
 
@@ -95,6 +96,40 @@ def test_joint_training_lowers_the_divergence(tmp_path):
     train(tiny.tiny_llama(), TokenSampler([[torch.arange(14) * 7 % tiny.VOCAB]]), options, tmp_path)
     losses = json.loads((tmp_path / "training_log.json").read_text())["joint"]
     assert losses[-1] < 0.8 * losses[0]
+
+
+ARCHITECTURES = ("falcon", "gemma3", "gpt_oss", "opt")  # multi-query outside of AttentionInterface, sliding, sinks, biases
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_the_second_stage_sees_what_the_cache_computes(name):
+    """Under a policy that no query changes, so that the student's own queries keep what the teacher's keep."""
+    model, p, n = zoo.build(name), 9, 5
+    kernels = tiny.tiny_kernels(model)
+    tokens = torch.arange(p + n)[None] * 5 % 97
+    example = Example(p, SinkRecent(1, 3))
+    hook.install()
+    with torch.no_grad():
+        dense = teacher_cache(model.config, kernels)
+        model(tokens, past_key_values=dense)
+        teachers = [layer for layer in dense.layers if isinstance(layer, TeacherLayer)]
+        scores = [next(teacher.scores_after([example])) for teacher in teachers]
+        student = student_cache(dense, example, roll_layers(teachers, example, scores, n), kernels)
+        simulated = model(tokens[:, p:], past_key_values=student).logits
+        cache = LESSCache(model, example.policy, kernels)
+        model(tokens[:, :p], past_key_values=cache)
+        stepped = [model(tokens[:, i : i + 1], past_key_values=cache).logits for i in range(p, p + n)]
+    torch.testing.assert_close(simulated, torch.cat(stepped, dim=1), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_other_architectures_train_from_start_to_finish(name, tmp_path):
+    """Kernels for full-attention layers alone, and a cache that takes them."""
+    model = zoo.build(name)
+    kernels = train(model, sampler(), TINY, tmp_path)
+    cache = LESSCache(model, policy=H2O(3, 3), kernels=kernels)
+    assert kernels.config.layers == [index for index, layer in enumerate(cache.layers) if isinstance(layer, LESSLayer)]
+    model.generate(torch.arange(20)[None], past_key_values=cache, max_new_tokens=3, do_sample=False)
 
 
 def test_every_policy_can_be_drawn():
@@ -241,6 +276,32 @@ def test_a_model_writes_its_own_text(tmp_path):
     assert len({tuple(text.tolist()) for text in texts}) == 3
     again = own_text(model, 3, 20, 0, tmp_path / "again")
     assert all(torch.equal(left, right) for left, right in zip(texts, again, strict=True))
+
+
+class Characters:
+    """A tokenizer: one token a character."""
+
+    def __call__(self, text, **options):
+        return {"input_ids": [ord(character) for character in text]}
+
+
+@pytest.mark.parametrize("column", ["text", "article"])
+def test_a_dataset_is_streamed_as_far_as_needed(tmp_path, column):
+    rows = [{"id": index, column: f"Document {index}."} for index in range(5)]
+    (tmp_path / "train.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    text = "".join(map(chr, hub_text(str(tmp_path), Characters(), 30)))
+    assert text == "Document 0.\n\nDocument 1.\n\nDocument 2.\n\n"
+
+
+def test_a_dataset_without_text_says_what_it_has(tmp_path):
+    (tmp_path / "train.jsonl").write_text(json.dumps({"label": 1, "score": 0.5}))
+    with pytest.raises(LESSError, match=r"column of text, got the columns \['label', 'score'\]"):
+        hub_text(str(tmp_path), Characters(), 30)
+
+
+def test_a_dataset_that_is_not_there_says_what_to_pass(tmp_path):
+    with pytest.raises(LESSError, match=r"Cannot read the dataset './absent'.* Hub dataset id that can be reached"):
+        hub_text("./absent", Characters(), 30)
 
 
 @pytest.mark.parametrize("change", [{"seed": 1}, {"least_budget": 0.1}])
