@@ -12,6 +12,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from less_cache import hook
 from less_cache.attention import attention_logits, less_attention, sparse_softmax
+from less_cache.call import AttentionCall
 from less_cache.errors import LESSError
 from less_cache.kernels import LayerKernels
 from less_cache.policies import EvictionPolicy
@@ -191,11 +192,8 @@ class LESSLayer(CacheLayerMixin):
             query_states, key_states, value_states = (
                 states.masked_fill(padding, 0) for states in (query_states, key_states, value_states)
             )
-        attended: torch.Tensor | None
-        if n == 1 and self.keys is not None:
-            attended = self._step(query_states, key_states, value_states, real, scaling, softcap, sinks)
-        else:
-            attended = self._block(query_states, key_states, value_states, attention_mask, real, scaling, softcap, sinks)
+        call = AttentionCall(query_states, key_states, value_states, attention_mask, real, scaling, softcap, sinks)
+        attended = self._step(call) if n == 1 and self.keys is not None else self._block(call)
         self.cumulative_length += n
         return (attended.transpose(1, 2).contiguous() if output is None else output), None
 
@@ -242,18 +240,10 @@ class LESSLayer(CacheLayerMixin):
                 "seen: the prompt or its mask is shorter. Pass the whole conversation with its mask, or call cache.reset()."
             )
 
-    def _step(
-        self,
-        query_states: torch.Tensor,
-        key_states: torch.Tensor,
-        value_states: torch.Tensor,
-        real: torch.Tensor | None,
-        scaling: float,
-        softcap: float | None,
-        sinks: torch.Tensor | None,
-    ) -> torch.Tensor:
+    def _step(self, call: AttentionCall) -> torch.Tensor:
         """One token: O(slots) work, in place. Returns `[b, h, 1, d]`."""
         self._decoding = True
+        key_states, value_states, real = call.key_states, call.value_states, call.real
         b, g, _, d = key_states.shape
         slot = (self.positions < 0).int().argmax(dim=-1, keepdim=True)  # [b, g, 1], the first empty one
         arrival = self.seen.int().view(b, 1, 1).expand(b, g, 1)
@@ -263,14 +253,14 @@ class LESSLayer(CacheLayerMixin):
         self.values.scatter_(2, slot.unsqueeze(-1).expand(b, g, 1, value_states.shape[-1]), value_states)
 
         output, weights = less_attention(
-            query_states,
+            call.query_states,
             self.keys,
             self.values,
             (self.positions >= 0).unsqueeze(2),
-            scaling,
-            softcap,
-            sinks,
-            self.kernels.query_features(query_states) if self.kernels is not None else None,
+            call.scaling,
+            call.softcap,
+            call.sinks,
+            self.kernels.query_features(call.query_states) if self.kernels is not None else None,
             self.state,
         )
         query_positions = self.seen.unsqueeze(-1)  # [b, 1]
@@ -315,21 +305,13 @@ class LESSLayer(CacheLayerMixin):
         values = self.values.gather(2, index.expand(*slots.shape, self.values.shape[-1]))
         self.state.fold_in(self.kernels.key_features(keys) * leaves.unsqueeze(-1), values)
 
-    def _block(
-        self,
-        query_states: torch.Tensor,
-        key_states: torch.Tensor,
-        value_states: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        real: torch.Tensor | None,
-        scaling: float,
-        softcap: float | None,
-        sinks: torch.Tensor | None,
-    ) -> torch.Tensor | None:
+    def _block(self, call: AttentionCall) -> torch.Tensor | None:
         """Several tokens: causal attention to the kept, the state and themselves, then one selection.
 
         Returns `[b, h, n, d]`, or None for the first block, whose output the model's own attention gives.
         """
+        query_states, key_states, value_states, real = call.query_states, call.key_states, call.value_states, call.real
+        scaling, softcap, sinks = call.scaling, call.softcap, call.sinks
         b, g, n, _ = key_states.shape
         is_first = self.keys is None
         tokens = torch.ones(b, n, dtype=torch.bool, device=key_states.device) if real is None else real
@@ -354,7 +336,7 @@ class LESSLayer(CacheLayerMixin):
         outputs = []
         for start in range(n - observed if is_first else 0, n, QUERY_BLOCK):
             rows = slice(start, min(start + QUERY_BLOCK, n))
-            visible = self._visible(attention_mask, tokens, rows, g)  # [b, g, rows, c up to what the last row may see]
+            visible = self._visible(call.attention_mask, tokens, rows, g)  # [b, g, rows, c up to what the last row may see]
             seen_columns = slice(0, visible.shape[-1])
             queries, row_keys = query_states[:, :, rows], keys[:, :, seen_columns]
             if is_first:

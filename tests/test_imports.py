@@ -25,6 +25,7 @@ CORE = [  # each imports only from those before it
     "policies.__init__",
     "attention",
     "hook",
+    "call",
     "layer",
     "families",
     "cache",

@@ -190,8 +190,8 @@ def test_kernels_never_change_what_is_kept(name, data):
 class BlockLayer(LESSLayer):
     """A layer that takes single tokens through the path for blocks."""
 
-    def _step(self, query_states, key_states, value_states, real, *attention):
-        return self._block(query_states, key_states, value_states, None, real, *attention)
+    def _step(self, call):
+        return self._block(call)
 
 
 @pytest.mark.parametrize("name", POLICIES)
