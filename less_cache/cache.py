@@ -1,5 +1,6 @@
 """The cache that users pass to `generate`."""
 
+import copy
 import dataclasses
 import os
 
@@ -143,6 +144,28 @@ class LESSCache(Cache):
                 )
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
+    def crop(self, tokens_to_remove: int) -> None:
+        """Give back the last `-tokens_to_remove` tokens, as assisted decoding does; all layers or, with `LESSError`, none.
+
+        Possible for tokens that came since the last `crop`, after `activate_past_recording()`.
+        """
+        for layer in self.layers:
+            if isinstance(layer, LESSLayer):
+                layer.check_crop(tokens_to_remove)
+        super().crop(tokens_to_remove)
+
+    def fork(self) -> "LESSCache":
+        """A cache that has seen the same and goes its own way: one prefix, many continuations.
+
+        Tensors are copied, which is little; kernels and policy are shared. `copy.deepcopy` does the same.
+        """
+        other = copy.copy(self)
+        other.layers = [layer.fork() if isinstance(layer, LESSLayer) else copy.deepcopy(layer) for layer in self.layers]
+        return other
+
+    def __deepcopy__(self, memo: dict) -> "LESSCache":
+        return self.fork()
+
     def memory_footprint(self) -> MemoryFootprint:
         """Bytes held now, and what a full cache would take for as many tokens."""
         keys_values = low_rank_state = bookkeeping = full_cache = 0
@@ -152,7 +175,7 @@ class LESSCache(Cache):
             if not isinstance(layer, LESSLayer):
                 full_cache += _bytes(keys, values)
                 continue
-            bookkeeping += _bytes(layer.positions, layer.scores, layer.seen, layer.counts)
+            bookkeeping += _bytes(layer.positions, layer.scores, layer.seen, layer.counts, layer.settled)
             if layer.state is not None:
                 low_rank_state += _bytes(layer.state.values_sum, layer.state.features_sum)
             if keys is not None and values is not None:

@@ -35,3 +35,18 @@ class AttentionCall:
     @property
     def num_tokens(self) -> int:
         return self.query_states.shape[2]
+
+    def part(self, start: int, stop: int) -> "AttentionCall":
+        """The tokens from `start` to `stop`, as if they had come alone."""
+        tokens, mask = slice(start, stop), self.attention_mask
+        if mask is not None:
+            mask = mask[..., -self.num_tokens :][..., tokens]
+            mask = mask if mask.dim() == 2 else mask[:, :, -self.num_tokens :][:, :, tokens]
+        return dataclasses.replace(
+            self,
+            query_states=self.query_states[:, :, tokens],
+            key_states=self.key_states[:, :, tokens],
+            value_states=self.value_states[:, :, tokens],
+            attention_mask=mask,
+            real=None if self.real is None else self.real[:, tokens],
+        )

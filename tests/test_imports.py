@@ -26,6 +26,7 @@ CORE = [  # each imports only from those before it
     "attention",
     "hook",
     "call",
+    "recording",
     "layer",
     "families",
     "cache",
