@@ -5,7 +5,7 @@ Axes: `b` batch, `h` query heads, `g` KV heads, `s` = h / g, `n` new tokens, `c`
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from transformers.cache_utils import CacheLayerMixin
@@ -176,14 +176,24 @@ class LESSLayer(CacheLayerMixin):
                 f"crop before {REACH} more have come."
             )
 
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All that is kept of the sequences, by name; every tensor has the batch as its first dimension."""
+        tensors = {name: getattr(self, name) for name in PER_ROW}
+        if self.state is not None:
+            tensors |= {"values_sum": self.state.values_sum, "features_sum": self.state.features_sum}
+        return {name: rows for name, rows in tensors.items() if rows is not None}
+
+    def set_tensors(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Put back what `tensors` gave."""
+        for name in PER_ROW:
+            setattr(self, name, tensors.get(name))
+        if self.state is not None:
+            self.state = LowRankState(tensors["values_sum"], tensors["features_sum"])
+
     @torch.inference_mode(False)
     def _map_rows(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """Apply `change` to every tensor; all have the batch as their first dimension."""
-        for name in PER_ROW:
-            if (rows := getattr(self, name)) is not None:
-                setattr(self, name, change(rows))
-        if self.state is not None:
-            self.state = LowRankState(change(self.state.values_sum), change(self.state.features_sum))
+        """Apply `change` to every tensor."""
+        self.set_tensors({name: change(rows) for name, rows in self.tensors().items()})
 
     # What attention asks
 
@@ -214,10 +224,10 @@ class LESSLayer(CacheLayerMixin):
         self._check_call(module, dropout, kwargs)
         n = query_states.shape[2]
         if again := self._seen_again(kwargs.get("position_ids"), n):
-            new_states = (states[:, :, again:] for states in (query_states, key_states, value_states))
+            queries, keys, values = (states[:, :, again:] for states in (query_states, key_states, value_states))
             kwargs["position_ids"] = kwargs["position_ids"][:, again:]
-            output, _ = self.attend(original, module, *new_states, None, dropout, scaling, **kwargs)
-            return torch.nn.functional.pad(output, (0, 0, 0, 0, again, 0)), None
+            new_output, _ = self.attend(original, module, queries, keys, values, None, dropout, scaling, **kwargs)
+            return torch.nn.functional.pad(new_output, (0, 0, 0, 0, again, 0)), None
         real = self._real_tokens(attention_mask, n)
         if self.leads and self.cumulative_length > 0:
             self._check_continuation(real, kwargs.get("position_ids"))

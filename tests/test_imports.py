@@ -29,6 +29,7 @@ CORE = [  # each imports only from those before it
     "recording",
     "layer",
     "families",
+    "snapshot",
     "cache",
     "__init__",
 ]
