@@ -190,7 +190,7 @@ class LESSCache(Cache):
                 raise LESSError(f"Layer {index}: a cache with {type(layer).__name__} cannot be saved.")
             layers.append({"type": type(layer).__name__, "cumulative_length": layer.cumulative_length})
             if layer.cumulative_length > 0:
-                kept = layer.tensors() if isinstance(layer, LESSLayer) else {"keys": layer.keys, "values": layer.values}
+                kept = layer.tensors() if isinstance(layer, LESSLayer) else _own_tensors(layer)
                 tensors |= {f"layers.{index}.{name}": tensor for name, tensor in kept.items()}
         model = self._model() if self._model is not None else None
         header = {
@@ -297,6 +297,11 @@ def _describe(config: PreTrainedConfig, model: PreTrainedModel | None) -> dict:
         **dataclasses.asdict(geometry(config)),
         "fingerprint": None if model is None else fingerprint(model),
     }
+
+
+def _own_tensors(layer: DynamicSlidingWindowLayer) -> dict[str, torch.Tensor]:
+    assert layer.keys is not None and layer.values is not None, "a layer that has seen tokens holds some"
+    return {"keys": layer.keys, "values": layer.values}
 
 
 def _bytes(*tensors: torch.Tensor | None) -> int:
