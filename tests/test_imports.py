@@ -25,8 +25,11 @@ CORE = [  # each imports only from those before it
     "policies.__init__",
     "attention",
     "hook",
+    "call",
+    "recording",
     "layer",
     "families",
+    "snapshot",
     "cache",
     "__init__",
 ]
