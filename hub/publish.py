@@ -15,6 +15,7 @@ import torch
 
 from less_cache import LESSKernels
 from less_cache.cli import app
+from less_cache.hub import CONFIG_NAME
 
 
 def run(*arguments: object) -> None:
@@ -30,7 +31,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="of the set, such as hub/<model>-<policy>")
     parser.add_argument("repo_id", help="where it would be published")
     parser.add_argument("--base-model", help="Hub id of the base model; needed where MODEL is a file or folder")
-    parser.add_argument("--train-data", action="append", required=True, help="text file or folder; repeatable")
+    parser.add_argument("--train-data", action="append", required=True, help="--data of less-cache train; repeatable")
     parser.add_argument("--report", action="append", required=True, metavar="NAME=FILE", help="text to measure on; repeatable")
     parser.add_argument("--budget", action="append", required=True, help="tokens kept in the measurement; repeatable")
     parser.add_argument("--policy", default="h2o")
@@ -41,9 +42,12 @@ def main() -> None:
     parser.add_argument("--train-options", default="", help="more options of less-cache train, in one string")
     options = parser.parse_args()
 
-    training = options.folder.with_name(f"{options.folder.name}.training")  # its checkpoint and log are not published
+    training = options.folder.with_name(f"{options.folder.name}.training")  # its log and plot are not published
     data = [word for path in options.train_data for word in ("--data", path)]
-    run("train", options.model, *data, "--output", training, "--policy", options.policy, *shlex.split(options.train_options))
+    if not (training / CONFIG_NAME).exists():
+        run(
+            "train", options.model, *data, "--output", training, "--policy", options.policy, *shlex.split(options.train_options)
+        )
 
     kernels = LESSKernels.from_pretrained(training)
     kernels.config.base_model = options.base_model or kernels.config.base_model

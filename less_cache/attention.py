@@ -19,13 +19,13 @@ def group_heads(by_query_head: torch.Tensor, num_key_value_heads: int) -> torch.
 def attention_logits(
     query_states: torch.Tensor,
     key_states: torch.Tensor,
-    visible: torch.Tensor,
+    visible: torch.Tensor | None,
     scaling: float,
     softcap: float | None = None,
 ) -> torch.Tensor:
     """q k · scaling, soft-capped, -inf where not `visible`: `[b, g, s, n, c]` float32.
 
-    `query_states`: `[b, h, n, d]`, `key_states`: `[b, g, c, d]`, `visible`: bool, broadcast to `[b, g, n, c]`.
+    `query_states`: `[b, h, n, d]`, `key_states`: `[b, g, c, d]`, `visible`: bool, broadcast to `[b, g, n, c]`; None: all.
     """
     query_states = group_heads(query_states.float() * scaling, key_states.shape[1])  # [b, g, s, n, d]
     b, g, s, n, d = query_states.shape
@@ -33,17 +33,17 @@ def attention_logits(
     logits = logits.view(b, g, s, n, -1)
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
-    return logits.masked_fill(~visible.unsqueeze(2), -torch.inf)
+    return logits if visible is None else logits.masked_fill(~visible.unsqueeze(2), -torch.inf)
 
 
 def sparse_softmax(logits: torch.Tensor, sinks: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """Softmax over the kept tokens alone, what a policy sees: weights `[b, g, s, n, c]` and log-sum-exp `[b, g, s, n, 1]`.
 
-    `sinks`: `[h]` or None, learned logits without a value (gpt-oss) that share the denominator.
+    `sinks`: `[h]`, `[b, h]` or None, learned logits without a value (gpt-oss) that share the denominator.
     """
     largest = logits.amax(dim=-1, keepdim=True)
     if sinks is not None:
-        sinks = sinks.float().view(1, logits.shape[1], logits.shape[2], 1, 1)
+        sinks = sinks.float().view(-1, logits.shape[1], logits.shape[2], 1, 1)
         largest = torch.maximum(largest, sinks)
     weights = (logits - largest).exp()
     mass = weights.sum(dim=-1, keepdim=True)

@@ -1,13 +1,16 @@
 """The cache that users pass to `generate`."""
 
+import copy
 import dataclasses
 import os
+import weakref
+from pathlib import Path
 
 import torch
 from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from less_cache import hook
+from less_cache import hook, snapshot
 from less_cache.errors import LESSError
 from less_cache.families import Geometry, check_supported, fingerprint, geometry
 from less_cache.kernels import LESSKernels
@@ -119,7 +122,12 @@ class LESSCache(Cache):
         super().__init__(layers=layers)
         self.policy = policy
         self.kernels = kernels
+        self._config = config
+        self._model = None if loaded_model is None else weakref.ref(loaded_model)  # asked for its weights when saved
         hook.install()
+
+    def __getstate__(self) -> dict:
+        return {**vars(self), "_model": None}  # a reference to a model is nothing to pickle
 
     @classmethod
     def from_pretrained(
@@ -174,13 +182,102 @@ class LESSCache(Cache):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Called by the model's attention. Raises `LESSError` after a forward that ended between two layers."""
         if getattr(self.layers[layer_idx], "leads", False):
-            lengths = {layer.cumulative_length for layer in self.layers if isinstance(layer, LESSLayer)}
-            if len(lengths) > 1:
-                raise LESSError(
-                    f"The last forward was interrupted between two layers (tokens seen: {sorted(lengths)}). "
-                    "Call cache.reset() and pass the whole conversation."
-                )
+            self._check_whole()
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def _check_whole(self) -> None:
+        lengths = {layer.cumulative_length for layer in self.layers if isinstance(layer, LESSLayer)}
+        if len(lengths) > 1:
+            raise LESSError(
+                f"The last forward was interrupted between two layers (tokens seen: {sorted(lengths)}). "
+                "Call cache.reset() and pass the whole conversation."
+            )
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Give back the last `-tokens_to_remove` tokens, as assisted decoding does; all layers or, with `LESSError`, none.
+
+        Possible for tokens that came since the last `crop`, after `activate_past_recording()`.
+        """
+        for layer in self.layers:
+            if isinstance(layer, LESSLayer):
+                layer.check_crop(tokens_to_remove)
+        super().crop(tokens_to_remove)
+
+    def fork(self) -> "LESSCache":
+        """A cache that has seen the same and goes its own way: one prefix, many continuations.
+
+        Tensors are copied, which is little; kernels and policy are shared. `copy.deepcopy` does the same.
+        """
+        other = copy.copy(self)
+        other._model = self._model
+        other.layers = [layer.fork() if isinstance(layer, LESSLayer) else copy.deepcopy(layer) for layer in self.layers]
+        return other
+
+    def __deepcopy__(self, memo: dict) -> "LESSCache":
+        return self.fork()
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write what the cache has seen to a safetensors file, in one atomic step; `load` goes on from there, bit by bit.
+
+        The kernels are not in the file, only their digest. What is recorded for `crop` is left out.
+        """
+        self._check_whole()
+        layers: list[dict] = []
+        tensors: dict[str, torch.Tensor] = {}
+        for index, layer in enumerate(self.layers):
+            if not isinstance(layer, LESSLayer | DynamicSlidingWindowLayer):
+                raise LESSError(f"Layer {index}: a cache with {type(layer).__name__} cannot be saved.")
+            layers.append({"type": type(layer).__name__, "cumulative_length": layer.cumulative_length})
+            if layer.cumulative_length > 0:
+                kept = layer.tensors() if isinstance(layer, LESSLayer) else _own_tensors(layer)
+                tensors |= {f"layers.{index}.{name}": tensor for name, tensor in kept.items()}
+        model = self._model() if self._model is not None else None
+        header = {
+            "model": _describe(self._config, model),
+            "policy": self.policy.to_dict(),
+            "kernels": None if self.kernels is None else snapshot.digest(self.kernels.state_dict()),
+            "layers": layers,
+        }
+        snapshot.write(Path(path), header, tensors)
+
+    @classmethod
+    def load(
+        cls, path: str | os.PathLike, model: PreTrainedModel | PreTrainedConfig, kernels: LESSKernels | None = None
+    ) -> "LESSCache":
+        """The cache that `save` wrote, on the model's device, with the policy that it had.
+
+        Args:
+            path: The file.
+            model: The same model, or its config, which cannot tell one set of weights from another.
+            kernels: The same kernels; None if the cache had none.
+
+        Raises:
+            LESSError: The cache was saved for another model or other kernels, or the file is damaged.
+        """
+        header, tensors = snapshot.read(Path(path))
+        cache = cls(model, policy=policy_from_dict(header["policy"]), kernels=kernels)
+        saved_for = header["model"]
+        loaded = _describe(cache._config, None if isinstance(model, PreTrainedConfig) else model)
+        if saved_for["fingerprint"] is None or loaded["fingerprint"] is None:
+            saved_for["fingerprint"] = loaded["fingerprint"] = None
+        if saved_for != loaded:
+            raise LESSError(f"{path}: the cache was saved for another model: expected {saved_for}, got {loaded}.")
+        if header["kernels"] != (None if kernels is None else snapshot.digest(kernels.state_dict())):
+            had = "without kernels" if header["kernels"] is None else f"with kernels of digest {header['kernels'][:12]}…"
+            raise LESSError(f"{path}: the cache was saved {had}. Pass the same as kernels=.")
+        device = getattr(model, "device", torch.device("cpu"))
+        for index, (layer, saved) in enumerate(zip(cache.layers, header["layers"], strict=True)):
+            prefix = f"layers.{index}."
+            kept = {name.removeprefix(prefix): tensors[name].to(device) for name in tensors if name.startswith(prefix)}
+            if kept:
+                assert isinstance(layer, LESSLayer | DynamicSlidingWindowLayer), "no other layer is saved"
+                layer.lazy_initialization(kept["keys"], kept["values"])
+                if isinstance(layer, LESSLayer):
+                    layer.set_tensors(kept)
+                else:
+                    layer.keys, layer.values = kept["keys"], kept["values"]
+                layer.cumulative_length = saved["cumulative_length"]
+        return cache
 
     def memory_footprint(self) -> MemoryFootprint:
         """Bytes held now, and what a full cache would take for as many tokens."""
@@ -191,7 +288,7 @@ class LESSCache(Cache):
             if not isinstance(layer, LESSLayer):
                 full_cache += _bytes(keys, values)
                 continue
-            bookkeeping += _bytes(layer.positions, layer.scores, layer.seen, layer.counts)
+            bookkeeping += _bytes(layer.positions, layer.scores, layer.seen, layer.counts, layer.settled)
             if layer.state is not None:
                 low_rank_state += _bytes(layer.state.values_sum, layer.state.features_sum)
             if keys is not None and values is not None:
@@ -243,6 +340,20 @@ def _spending(budget: int | float | None, policy: EvictionPolicy | None, kernels
             f"trained with {trained_with!r}. Pass the whole policy instead, such as policy=H2O.from_budget({budget!r})."
         )
     return policy_class(trained_with).from_budget(budget)
+
+
+def _describe(config: PreTrainedConfig, model: PreTrainedModel | None) -> dict:
+    """What a saved cache says about its model."""
+    return {
+        "model_type": config.get_text_config(decoder=True).model_type,
+        **dataclasses.asdict(geometry(config)),
+        "fingerprint": None if model is None else fingerprint(model),
+    }
+
+
+def _own_tensors(layer: DynamicSlidingWindowLayer) -> dict[str, torch.Tensor]:
+    assert layer.keys is not None and layer.values is not None, "a layer that has seen tokens holds some"
+    return {"keys": layer.keys, "values": layer.values}
 
 
 def _bytes(*tensors: torch.Tensor | None) -> int:

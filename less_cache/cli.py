@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 from less_cache.errors import LESSError
 from less_cache.models import DEFAULT_MODEL
+from less_cache.training.options import TrainingOptions
 from less_cache.version import __version__
 
 try:
@@ -85,34 +86,64 @@ def demo(
 def train(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder, .gguf file or Hub id.")],
     data: Annotated[
-        list[Path], typer.Option(metavar="PATH", help="Text file or folder of .txt files; each gets the same share.")
+        list[str],
+        typer.Option(
+            metavar="SOURCE",
+            help="Text file, folder of .txt files, Hub dataset id (configuration after a colon), or 'self': text that the "
+            "model writes. Repeatable; each gets the same share.",
+        ),
     ],
-    output: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the kernels. The same command line resumes there.")],
-    policy: Annotated[str, typer.Option(metavar="NAME", help="Policy to train with.")] = "h2o",
-    layerwise_steps: Annotated[int, typer.Option(min=0, help="Steps on every layer's own attention output.")] = 80,
-    joint_steps: Annotated[int, typer.Option(min=0, help="Steps on the model's output, all layers under LESS.")] = 200,
-    prompts_per_step: Annotated[int, typer.Option(min=1, help="Prompt lengths drawn for one step.")] = 2,
-    hidden_size: Annotated[int, typer.Option(min=1, help="Hidden size of φ and ψ.")] = 64,
+    output: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the kernels. The same command line goes on there.")],
+    policy: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Policy to train with; repeatable. Default: h2o.")
+    ] = None,
+    budget: Annotated[
+        str, typer.Option(metavar="SHARE[-SHARE]", help="Tokens kept, as a share of the tokens seen, or a range of it.")
+    ] = "0.02-0.2",
+    prompt_length: Annotated[
+        list[int] | None,
+        typer.Option(min=1, metavar="TOKENS", help="Repeatable. Default: 256, 512, 1024 and 2048."),
+    ] = None,
+    sequences: Annotated[int, typer.Option(min=2, help="Sequences captured for the first stage.")] = TrainingOptions.sequences,
+    layerwise_steps: Annotated[
+        int, typer.Option(min=0, help="Steps of each layer on its own attention output.")
+    ] = TrainingOptions.layerwise_steps,
+    joint_steps: Annotated[
+        int, typer.Option(min=0, help="Steps on the model's output, all layers under LESS.")
+    ] = TrainingOptions.joint_steps,
+    batch_size: Annotated[int, typer.Option(min=1, help="Sequences a joint step.")] = TrainingOptions.batch_size,
+    hidden_size: Annotated[int, typer.Option(min=1, help="Hidden size of φ and ψ.")] = TrainingOptions.hidden_size,
     dtype: Annotated[str, typer.Option(help="Type of the model's weights: float32 or bfloat16.")] = "float32",
-    seed: Annotated[int, typer.Option(help="Of the initial weights and of every draw.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the initial weights and of every draw.")] = TrainingOptions.seed,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print what it will take.")] = False,
 ) -> None:
     """Train kernels for a model: a folder that `LESSKernels.from_pretrained` reads."""
     import torch
 
     from less_cache.training.command import run
-    from less_cache.training.trainer import TrainingOptions
 
     if dtype not in ("float32", "bfloat16"):
         raise LESSError(f"Expected --dtype to be float32 or bfloat16, got {dtype!r}.")
+    least, _, most = budget.partition("-")
+    try:
+        shares = float(least), float(most or least)
+    except ValueError as error:
+        raise LESSError(
+            f"Expected --budget to be a share such as 0.05, or a range such as 0.02-0.2, got {budget!r}."
+        ) from error
     options = TrainingOptions(
-        policy=policy,
+        policies=tuple(policy or TrainingOptions.policies),
+        least_budget=shares[0],
+        most_budget=shares[1],
+        prompts=tuple(sorted(prompt_length or TrainingOptions.prompts)),
+        sequences=sequences,
         layerwise_steps=layerwise_steps,
         joint_steps=joint_steps,
-        prompts_per_step=prompts_per_step,
+        batch_size=batch_size,
         hidden_size=hidden_size,
         seed=seed,
     )
-    run(model, data, output, options, getattr(torch, dtype))
+    run(model, data, output, options, getattr(torch, dtype), dry_run)
 
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="Folder of kernels, or Hub id.")]

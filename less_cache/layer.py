@@ -5,21 +5,24 @@ Axes: `b` batch, `h` query heads, `g` KV heads, `s` = h / g, `n` new tokens, `c`
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from less_cache import hook
 from less_cache.attention import attention_logits, less_attention, sparse_softmax
+from less_cache.call import AttentionCall
 from less_cache.errors import LESSError
 from less_cache.kernels import LayerKernels
 from less_cache.policies import EvictionPolicy
+from less_cache.recording import Recording
 from less_cache.state import LowRankState
 
 QUERY_BLOCK = 256  # queries attended at once in a block: memory is O(QUERY_BLOCK · columns)
 SPARE_SLOTS = 64  # a policy without a budget gets this many free slots at a time
-PER_ROW = ("keys", "values", "positions", "scores", "seen", "counts")
+REACH = 1024  # tokens after which a recording that nobody crops ends
+PER_ROW = ("keys", "values", "positions", "scores", "seen", "counts", "settled")
 
 # Arguments of an attention function that do not change its result here. `scaling`, `softcap` and `s_aux` are read.
 HARMLESS = {"is_causal", "position_ids", "cache_position", "token_type_ids", "logits_to_keep"}
@@ -33,10 +36,14 @@ class LESSLayer(CacheLayerMixin):
 
     A step: attend with what is kept and the old state, add the step's weights to the scores, choose the victim, fold
     it in. A block of several tokens attends causally to itself as well, then there is one selection for all of it.
+
+    While `record_past` is true, `crop` can give back what came since the last `crop`, and a block that is not the first
+    counts as the sequence of steps that its tokens stand for: whichever candidates are accepted, the layer is as if
+    they had been decoded one by one.
     """
 
     is_sliding = False
-    is_croppable = False
+    is_croppable = True
     is_compileable = False
     supports_early_init = False
 
@@ -46,6 +53,7 @@ class LESSLayer(CacheLayerMixin):
         self.policy = policy
         self.kernels = kernels
         self.layer_idx = layer_idx
+        self.record_past = False
         self.reset()
 
     def reset(self) -> None:
@@ -56,11 +64,19 @@ class LESSLayer(CacheLayerMixin):
         self.scores: torch.Tensor | None = None  # [b, g, c] float32
         self.seen: torch.Tensor | None = None  # [b] int64, real tokens
         self.counts: torch.Tensor | None = None  # [b, f] int64, the policy's token counts
+        self.settled: torch.Tensor | None = None  # [b] bool, a token came alone: the prompt is over, counts stay
         self.state: LowRankState | None = None
         self.cumulative_length = 0
         self.is_initialized = False
-        self._decoding = False  # a single token has come: the prompt is over, fractions are settled
         self._awaiting_attention = False
+        self._recording: Recording | None = None
+
+    def fork(self) -> "LESSLayer":
+        """A copy that goes its own way: tensors are copied, kernels and policy shared. It records nothing yet."""
+        other = copy.copy(self)
+        other._recording = None
+        other._map_rows(torch.clone)
+        return other
 
     # What transformers asks
 
@@ -68,6 +84,7 @@ class LESSLayer(CacheLayerMixin):
         b, g, _, _ = key_states.shape
         self.dtype, self.device = key_states.dtype, key_states.device
         self.seen = torch.zeros(b, dtype=torch.long, device=self.device)
+        self.settled = torch.zeros(b, dtype=torch.bool, device=self.device)
         if self.kernels is not None:
             if self.kernels.query_in.device != self.device:
                 self.kernels = copy.deepcopy(self.kernels).to(self.device)
@@ -111,7 +128,8 @@ class LESSLayer(CacheLayerMixin):
             )
 
     def activate_past_recording(self) -> None:
-        raise LESSError("A LESSCache cannot give back folded tokens: assisted and prompt-lookup decoding are not supported.")
+        """Record from the next block on, so that `crop` can give tokens back; see `record_past` above."""
+        self.record_past = True
 
     def get_seq_length(self) -> int:
         """Tokens seen, padding included, whatever is kept of them."""
@@ -131,22 +149,51 @@ class LESSLayer(CacheLayerMixin):
         self.batch_select_indices(beam_idx)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self._recording = None
         self._map_rows(lambda rows: rows[indices.to(rows.device)])
 
     def batch_repeat_interleave(self, repeats: int) -> None:
+        self._recording = None
         self._map_rows(lambda rows: rows.repeat_interleave(repeats, dim=0))
 
     def crop(self, tokens_to_remove: int) -> None:
-        if tokens_to_remove != 0:
-            raise LESSError(f"A LESSCache cannot give back folded tokens: crop({tokens_to_remove}) is not supported.")
+        """Give back the last `-tokens_to_remove` tokens, state and scores included; 0: they stay, and nothing older goes."""
+        self.check_crop(tokens_to_remove)
+        recording, self._recording = self._recording, None
+        if tokens_to_remove < 0:
+            with torch.inference_mode(False), torch.no_grad():
+                self.__dict__.update(vars(recording.without_last(-tokens_to_remove)))
 
-    def _map_rows(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """Apply `change` to every tensor; all have the batch as their first dimension."""
-        for name in PER_ROW:
-            if (rows := getattr(self, name)) is not None:
-                setattr(self, name, change(rows))
+    def check_crop(self, tokens_to_remove: int) -> None:
+        """Raise unless `crop` can do it."""
+        if tokens_to_remove > 0:
+            raise LESSError(f"crop: expected 0 or minus the number of tokens to remove, got {tokens_to_remove}.")
+        recorded = self._recording.num_tokens if self._recording is not None else 0
+        if -tokens_to_remove > recorded:
+            raise LESSError(
+                f"Layer {self.layer_idx}: crop({tokens_to_remove}) goes back further than the {recorded} tokens that are "
+                "recorded: older ones are folded in. Call cache.activate_past_recording() before the tokens to crop, and "
+                f"crop before {REACH} more have come."
+            )
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All that is kept of the sequences, by name; every tensor has the batch as its first dimension."""
+        tensors = {name: getattr(self, name) for name in PER_ROW}
         if self.state is not None:
-            self.state = LowRankState(change(self.state.values_sum), change(self.state.features_sum))
+            tensors |= {"values_sum": self.state.values_sum, "features_sum": self.state.features_sum}
+        return {name: rows for name, rows in tensors.items() if rows is not None}
+
+    def set_tensors(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Put back what `tensors` gave."""
+        for name in PER_ROW:
+            setattr(self, name, tensors.get(name))
+        if self.state is not None:
+            self.state = LowRankState(tensors["values_sum"], tensors["features_sum"])
+
+    @torch.inference_mode(False)
+    def _map_rows(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Apply `change` to every tensor."""
+        self.set_tensors({name: change(rows) for name, rows in self.tensors().items()})
 
     # What attention asks
 
@@ -176,6 +223,11 @@ class LESSLayer(CacheLayerMixin):
         self._awaiting_attention = False
         self._check_call(module, dropout, kwargs)
         n = query_states.shape[2]
+        if again := self._seen_again(kwargs.get("position_ids"), n):
+            queries, keys, values = (states[:, :, again:] for states in (query_states, key_states, value_states))
+            kwargs["position_ids"] = kwargs["position_ids"][:, again:]
+            new_output, _ = self.attend(original, module, queries, keys, values, None, dropout, scaling, **kwargs)
+            return torch.nn.functional.pad(new_output, (0, 0, 0, 0, again, 0)), None
         real = self._real_tokens(attention_mask, n)
         if self.leads and self.cumulative_length > 0:
             self._check_continuation(real, kwargs.get("position_ids"))
@@ -191,13 +243,33 @@ class LESSLayer(CacheLayerMixin):
             query_states, key_states, value_states = (
                 states.masked_fill(padding, 0) for states in (query_states, key_states, value_states)
             )
-        attended: torch.Tensor | None
-        if n == 1 and self.keys is not None:
-            attended = self._step(query_states, key_states, value_states, real, scaling, softcap, sinks)
-        else:
-            attended = self._block(query_states, key_states, value_states, attention_mask, real, scaling, softcap, sinks)
-        self.cumulative_length += n
+        states = query_states.detach(), key_states.detach(), value_states.detach()  # untagged: no cycle with the layer
+        call = AttentionCall(*states, attention_mask, real, scaling, softcap, sinks)
+        if self.record_past and self._recording is None:
+            self._recording = Recording(self)
+        attended = self.take_in(call)
+        self._record(call)
         return (attended.transpose(1, 2).contiguous() if output is None else output), None
+
+    def take_in(self, call: AttentionCall) -> torch.Tensor | None:
+        """Read the new tokens and take them in: attention output `[b, h, n, d]`, or None for the first block."""
+        n = call.num_tokens
+        if self.keys is None or (n > 1 and not self.record_past):
+            output = self._block(call)
+        elif n == 1:
+            output = self._step(call)
+        else:
+            output = torch.cat([self._step(call.part(token, token + 1)) for token in range(n)], dim=2)
+        self.cumulative_length += n
+        return output
+
+    def _record(self, call: AttentionCall) -> None:
+        """Record a call; where nobody crops, recording ends, so that memory stays constant."""
+        if self._recording is not None:
+            self._recording.append(call)
+            self.record_past = self.record_past and self._recording.num_tokens - self._recording.calls[0].num_tokens < REACH
+        if not self.record_past:
+            self._recording = None
 
     def _check_call(self, module: torch.nn.Module, dropout: float, kwargs: dict) -> None:
         where = f"Layer {self.layer_idx} ({type(module).__name__})"
@@ -230,6 +302,19 @@ class LESSLayer(CacheLayerMixin):
         real = last.expand(self.seen.shape[0], n)
         return real if real.dtype == torch.bool else _additive_to_bool(real)
 
+    def _seen_again(self, position_ids: torch.Tensor | None, n: int) -> int:
+        """How many of `n` new tokens were seen before: assisted decoding starts with the whole conversation, unsliced."""
+        if not self.record_past or position_ids is None or not n > self.cumulative_length > 0:
+            return 0
+        if bool((position_ids[:, 0] >= self.seen).all()):
+            return 0
+        if position_ids.shape != (1, n) or not torch.equal(position_ids[0], torch.arange(n, device=position_ids.device)):
+            raise LESSError(
+                f"Layer {self.layer_idx}: expected the conversation to start with the {self.cumulative_length} tokens that "
+                "the cache has seen, without padding: assisted decoding passes all of it again. Or call cache.reset()."
+            )
+        return self.cumulative_length
+
     def _check_continuation(self, real: torch.Tensor | None, position_ids: torch.Tensor | None) -> None:
         """Raise where `generate` was given a prompt shorter than what was seen: it slices such a prompt silently."""
         too_short = real is not None and not bool(real.any())
@@ -242,18 +327,9 @@ class LESSLayer(CacheLayerMixin):
                 "seen: the prompt or its mask is shorter. Pass the whole conversation with its mask, or call cache.reset()."
             )
 
-    def _step(
-        self,
-        query_states: torch.Tensor,
-        key_states: torch.Tensor,
-        value_states: torch.Tensor,
-        real: torch.Tensor | None,
-        scaling: float,
-        softcap: float | None,
-        sinks: torch.Tensor | None,
-    ) -> torch.Tensor:
+    def _step(self, call: AttentionCall) -> torch.Tensor:
         """One token: O(slots) work, in place. Returns `[b, h, 1, d]`."""
-        self._decoding = True
+        key_states, value_states, real = call.key_states, call.value_states, call.real
         b, g, _, d = key_states.shape
         slot = (self.positions < 0).int().argmax(dim=-1, keepdim=True)  # [b, g, 1], the first empty one
         arrival = self.seen.int().view(b, 1, 1).expand(b, g, 1)
@@ -263,17 +339,18 @@ class LESSLayer(CacheLayerMixin):
         self.values.scatter_(2, slot.unsqueeze(-1).expand(b, g, 1, value_states.shape[-1]), value_states)
 
         output, weights = less_attention(
-            query_states,
+            call.query_states,
             self.keys,
             self.values,
             (self.positions >= 0).unsqueeze(2),
-            scaling,
-            softcap,
-            sinks,
-            self.kernels.query_features(query_states) if self.kernels is not None else None,
+            call.scaling,
+            call.softcap,
+            call.sinks,
+            self.kernels.query_features(call.query_states) if self.kernels is not None else None,
             self.state,
         )
         query_positions = self.seen.unsqueeze(-1)  # [b, 1]
+        self._settle(1 if real is None else real.sum(-1))
         if real is None:
             self.seen = self.seen + 1
         else:  # padding leaves no trace
@@ -315,29 +392,22 @@ class LESSLayer(CacheLayerMixin):
         values = self.values.gather(2, index.expand(*slots.shape, self.values.shape[-1]))
         self.state.fold_in(self.kernels.key_features(keys) * leaves.unsqueeze(-1), values)
 
-    def _block(
-        self,
-        query_states: torch.Tensor,
-        key_states: torch.Tensor,
-        value_states: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        real: torch.Tensor | None,
-        scaling: float,
-        softcap: float | None,
-        sinks: torch.Tensor | None,
-    ) -> torch.Tensor | None:
+    def _block(self, call: AttentionCall) -> torch.Tensor | None:
         """Several tokens: causal attention to the kept, the state and themselves, then one selection.
 
         Returns `[b, h, n, d]`, or None for the first block, whose output the model's own attention gives.
         """
+        query_states, key_states, value_states, real = call.query_states, call.key_states, call.value_states, call.real
+        scaling, softcap, sinks = call.scaling, call.softcap, call.sinks
         b, g, n, _ = key_states.shape
         is_first = self.keys is None
         tokens = torch.ones(b, n, dtype=torch.bool, device=key_states.device) if real is None else real
         # [b, n]: the new tokens count on from the row's last real one
         new_positions = (self.seen.unsqueeze(-1) + tokens.cumsum(-1) - 1).masked_fill(~tokens, -1).int()
+        self._settle(tokens.sum(-1))
         seen = self.seen + tokens.sum(-1)
-        if not self._decoding:
-            self.counts = self.policy.resolve(seen)
+        resolved = self.policy.resolve(seen)
+        self.counts = resolved if is_first else torch.where(self.settled.unsqueeze(-1), self.counts, resolved)
         counts = self._counts()
 
         positions = new_positions.unsqueeze(1).expand(b, g, n)
@@ -354,7 +424,7 @@ class LESSLayer(CacheLayerMixin):
         outputs = []
         for start in range(n - observed if is_first else 0, n, QUERY_BLOCK):
             rows = slice(start, min(start + QUERY_BLOCK, n))
-            visible = self._visible(attention_mask, tokens, rows, g)  # [b, g, rows, c up to what the last row may see]
+            visible = self._visible(call.attention_mask, tokens, rows, g)  # [b, g, rows, c up to what the last row may see]
             seen_columns = slice(0, visible.shape[-1])
             queries, row_keys = query_states[:, :, rows], keys[:, :, seen_columns]
             if is_first:
@@ -421,6 +491,10 @@ class LESSLayer(CacheLayerMixin):
 
         self.keys, self.values = compact(keys, 0), compact(values, 0)
         self.positions, self.scores = compact(positions, -1), compact(scores, 0)
+
+    def _settle(self, arrived: torch.Tensor | int) -> None:
+        """End the prompt of the rows that get one token alone, after their first block. `arrived`: `[b]`, real tokens."""
+        self.settled = self.settled | ((self.seen > 0) & (arrived == 1))
 
     def _counts(self) -> torch.Tensor:
         """The policy's token counts in the form that its methods take, `[f, b, 1, 1]`."""

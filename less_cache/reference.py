@@ -82,7 +82,8 @@ def reference_attention(
     held = torch.zeros(b, g, T, dtype=torch.bool)
     scores = policy.arrival(positions)
     outputs, kept = [], []
-    start, decoding = 0, False
+    counts, settled = policy.resolve(torch.zeros(b, dtype=torch.long)), torch.zeros(b, dtype=torch.bool)
+    start = 0
     for n in blocks:
         rows = slice(start, start + n)
         block = token[rows, None]  # [n, 1]
@@ -98,11 +99,10 @@ def reference_attention(
         scores = policy.observe(scores, observed.float(), row_positions[:, rows])
 
         seen = real[:, : start + n].sum(-1)  # [b]
-        decoding = decoding or (n == 1 and start > 0)
-        if not decoding:
-            counts = policy.resolve(seen).T[:, :, None, None]  # [f, b, 1, 1]
+        settled |= (real[:, rows].sum(-1) == 1) & real[:, :start].any(-1)  # a token alone ends the row's prompt
+        counts = torch.where(settled.unsqueeze(-1), counts, policy.resolve(seen))  # [b, f]
         present = held | ((token >= start) & (token < start + n) & real.unsqueeze(1))
-        held = policy.keep(scores, positions.masked_fill(~present, -1), seen.view(b, 1, 1), counts)
+        held = policy.keep(scores, positions.masked_fill(~present, -1), seen.view(b, 1, 1), counts.T[:, :, None, None])
         kept.append(held)
         start += n
     assert start == T, f"blocks sum to {start}, there are {T} tokens"

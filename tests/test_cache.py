@@ -272,12 +272,9 @@ def test_turns_on_one_cache(policy, with_kernels, whole_history):
         assert cache.get_seq_length() == history.shape[1] - 1
 
 
-@pytest.mark.parametrize("policy", [policy for policy in POLICIES if not policy.is_fractional], ids=repr)
+@each_policy
 def test_turns_with_padding(policy):
-    """Rows of different lengths in every turn, nothing among them: each equals a conversation of its own.
-
-    Not with fractions: they are settled when the first single token comes, for the whole batch at once.
-    """
+    """Rows of different lengths in every turn, nothing among them: each equals a conversation of its own."""
     model = tiny_llama()
     cache = caches(model, policy)
     turns = [[tokens(length=length) for length in lengths] for lengths in ((12, 7, 3), (1, 0, 1), (2, 9, 5), (1, 1, 0))]
@@ -404,8 +401,8 @@ def test_memory_footprint(with_kernels, new_tokens, dtype):
     footprint = cache.memory_footprint()
     assert footprint.keys_values == layers * b * g * slots * d * 2 * dtype.itemsize
     assert footprint.low_rank_state == (layers * b * g * rank * (d + 1) * 4 if with_kernels else 0)
-    position, score, seen, count = 4, 4, 8, 8
-    assert footprint.bookkeeping == layers * b * (g * slots * (position + score) + seen + counts * count)
+    position, score, seen, count, settled = 4, 4, 8, 8, 1
+    assert footprint.bookkeeping == layers * b * (g * slots * (position + score) + seen + counts * count + settled)
     assert footprint.full_cache == layers * b * g * (30 + new_tokens - 1) * d * 2 * dtype.itemsize
     assert footprint.total == footprint.keys_values + footprint.low_rank_state + footprint.bookkeeping
     assert footprint.saved == max(0.0, 1 - footprint.total / footprint.full_cache)

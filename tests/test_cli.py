@@ -54,7 +54,7 @@ def test_demo_without_kernels_says_so(model, text):
 
 
 def test_train_then_evaluate(model, text, tmp_path):
-    steps = ("--layerwise-steps", 1, "--joint-steps", 1, "--prompts-per-step", 1, "--hidden-size", 4)
+    steps = ("--layerwise-steps", 1, "--joint-steps", 1, "--prompt-length", 40, "--sequences", 2, "--hidden-size", 4)
     trained = run("train", model, "--data", text, "--output", tmp_path / "kernels", *steps)
     assert trained.exit_code == 0, trained.output
     assert LESSKernels.from_pretrained(tmp_path / "kernels").config.training["data"] == ["text.txt"]
@@ -68,13 +68,38 @@ def test_train_then_evaluate(model, text, tmp_path):
     assert report["results"][1][1]["policy"] == {"name": "h2o", "heavy": 6, "recent": 6}
 
 
+def test_train_on_own_text(model, tmp_path):
+    steps = ("--layerwise-steps", 1, "--joint-steps", 0, "--prompt-length", 8, "--sequences", 2, "--hidden-size", 4)
+    trained = run("train", model, "--data", "self", "--policy", "corm", "--output", tmp_path / "kernels", *steps)
+    assert trained.exit_code == 0, trained.output
+    assert "explained" in trained.output
+    assert {path.name for path in (tmp_path / "kernels").iterdir()} == {
+        "less_config.json",
+        "less_kernels.safetensors",
+        "training.png",
+        "training_log.json",
+    }
+    again = run("train", model, "--data", "self", "--policy", "corm", "--output", tmp_path / "kernels", *steps)
+    assert again.exit_code == 1 and "already holds kernels" in again.stderr
+
+
+def test_a_dry_run_says_what_it_takes_and_writes_nothing(model, text, tmp_path):
+    result = run("train", model, "--data", text, "--output", tmp_path / "kernels", "--dry-run")
+    assert result.exit_code == 0, result.output
+    for word in ("TFLOP", "disk", "memory"):
+        assert word in result.output
+    assert not (tmp_path / "kernels").exists()
+
+
 BAD = {
     "policy": (("demo", "--policy", "h3o"), "h3o"),
     "budget": (("demo", "--budget", "0"), "got 0"),
     "prompt file": (("demo", "--kernels", "none", "--prompt-file", "absent.txt"), "absent.txt"),
     "kernels": (("demo", "--kernels", "./absent"), "absent"),
     "training dtype": (("train", "MODEL", "--data", "TEXT", "--output", "OUT", "--dtype", "int8"), "int8"),
-    "training text": (("train", "MODEL", "--data", "absent", "--output", "OUT"), "absent"),
+    "training budget": (("train", "MODEL", "--data", "TEXT", "--output", "OUT", "--budget", "some"), "some"),
+    "training dataset": (("train", "MODEL", "--data", "./absent", "--output", "OUT"), "absent"),
+    "training text": (("train", "MODEL", "--data", "absent.txt", "--output", "OUT"), "absent.txt"),
     "evaluated policy": (("eval", "perplexity", "MODEL", "--data", "TEXT", "--budget", "8", "--policy", "h3o"), "h3o"),
     "evaluated text": (("eval", "perplexity", "MODEL", "--data", "absent.txt", "--budget", "8"), "absent.txt"),
     "too much text": (("eval", "perplexity", "MODEL", "--data", "TEXT", "--budget", "8"), "got 680 tokens"),

@@ -231,11 +231,10 @@ USE = {
         lambda model, cache, history: model(tokens(1, 5), attention_mask=torch.ones(1, 5), past_key_values=cache),
         f"the new tokens lie before the {SEEN} tokens that the cache has seen: .* cache.reset",
     ),
-    "giving tokens back": (
-        lambda model, cache, history: refused_turn(model, cache, history, prompt_lookup_num_tokens=3),
-        "cannot give back",
+    "cropping what was not recorded": (
+        lambda model, cache, history: cache.crop(-1),
+        r"crop\(-1\) goes back further than the 0",
     ),
-    "cropping": (lambda model, cache, history: cache.crop(-1), r"cannot give back folded tokens: crop\(-1\)"),
 }
 
 

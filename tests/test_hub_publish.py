@@ -178,6 +178,15 @@ def test_card_written_again_is_the_same():
     assert render(previous=text) == text
 
 
+def test_new_measurements_replace_the_old():
+    older = render()
+    better = json.loads(json.dumps(REPORT).replace("27.0", "26.0"))
+    text = render(kernels=publishable(metrics={"prose": better}), previous=older)
+    (result,) = ModelCard(text).data.eval_results
+    assert result.metric_value == 26.0 and "27.0" not in text
+    assert "model-index" not in render(kernels=publishable(metrics={}), previous=older)
+
+
 OLDER = {
     "text around": (f"Before.\n\n{card.BEGIN}\nold\n{card.END}\n\nAfter.", {"Before.", "After."}),
     "text alone": ("My text.", {"My text."}),

@@ -1,118 +1,365 @@
-"""Training: the simulation equals the cache it stands for, runs resume exactly, the model is left alone."""
+"""Training: the simulation equals the cache it stands for, runs survive anything, the model is left alone."""
 
 import dataclasses
 import json
+import os
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
 
 import pytest
 import tiny
 import torch
+import zoo
 
-from less_cache import CORM, H2O, LESSCache, LESSError, LESSKernels, SinkRecent
+from less_cache import CORM, H2O, LESSCache, LESSError, LESSKernels, SinkRecent, hook
 from less_cache.attention import attention_logits
 from less_cache.layer import LESSLayer
-from less_cache.training import TokenSampler, TrainingOptions, train, trainer
-from less_cache.training.layers import TeacherLayer, roll_layers
+from less_cache.training import TokenSampler, TrainingOptions, estimate, train
+from less_cache.training import joint as joint_module
+from less_cache.training.capture import Shard, layer_folder, shard_path
+from less_cache.training.data import hub_text, own_text
+from less_cache.training.layers import TeacherLayer, roll_layers, student_cache, teacher_cache
+from less_cache.training.options import Example, draw_examples
 from less_cache.training.simulate import attend, columns
 
 TINY = TrainingOptions(
     prompts=(6, 10),
+    prompts_per_sequence=2,
     decoded=4,
+    sequences=3,
+    layerwise_steps=3,
+    joint_steps=3,
     batch_size=2,
-    layerwise_steps=2,
-    joint_steps=2,
-    prompts_per_step=1,
     hidden_size=4,
     checkpoint_every=1,
 )
+
+
+TESTS = Path(__file__).parent
+
+
+def sampler() -> TokenSampler:
+    return TokenSampler([[torch.arange(300) * 7 % tiny.VOCAB]])
+
+
+def equal(left: LESSKernels, right: LESSKernels) -> bool:
+    return all(torch.equal(tensor, right.state_dict()[name]) for name, tensor in left.state_dict().items())
+
+
+@pytest.mark.parametrize("policy", [H2O(3, 2), SinkRecent(2, 3), CORM(3, 2)], ids=lambda policy: policy.name)
+@pytest.mark.parametrize("with_kernels", [False, True])
+@pytest.mark.parametrize("with_sinks", [False, True])
+def test_simulated_decoding_equals_the_cache(policy, with_kernels, with_sinks):
+    b, h, g, d, p, n = 2, 4, 2, 8, 11, 9
+    queries, keys, values = tiny.random_states(b, h, g, p + n, d)
+    kernels = tiny.layer_kernels(h, g, d) if with_kernels else None
+    sinks = {"s_aux": torch.linspace(-1, 2, h)} if with_sinks else {}
+    cached = tiny.feed(LESSLayer(policy, kernels, 0), queries, keys, values, [p] + [1] * n, **sinks)[:, :, p:]
+
+    teacher = TeacherLayer()
+    teacher.attend(tiny.plain_attention, torch.nn.Identity(), queries, keys, values, None, scaling=d**-0.5, **sinks)
+    example = Example(p, policy)
+    (decode,) = roll_layers([teacher], example, list(teacher.scores_after([example])), n)
+    logits = attention_logits(queries[:, :, p:], columns(keys, decode.order, p), decode.visible, d**-0.5)
+    simulated = attend(decode, queries[:, :, p:], keys, values, kernels, logits, teacher.sinks)
+    torch.testing.assert_close(simulated, cached, rtol=1e-4, atol=1e-5)
+
+
+def test_scores_go_on_from_a_shorter_prompt():
+    queries, keys, values = tiny.random_states(2, 4, 2, 60, 8)
+    teacher = TeacherLayer()
+    teacher.attend(tiny.plain_attention, torch.nn.Identity(), queries, keys, values, None, scaling=8**-0.5)
+    short, other, long = Example(7, H2O(2, 2)), Example(30, CORM(3, 2)), Example(60, H2O(4, 4))
+    for example, scores in zip((short, other, long), teacher.scores_after([short, other, long]), strict=True):
+        (alone,) = teacher.scores_after([example])
+        torch.testing.assert_close(scores, alone)
+
+
+def test_training_lowers_the_error_of_each_layer(tmp_path):
+    options = dataclasses.replace(TINY, sequences=8, layerwise_steps=60, joint_steps=0, hidden_size=16)
+    train(tiny.tiny_llama(), sampler(), options, tmp_path)
+    records = json.loads((tmp_path / "training_log.json").read_text())["layers"]
+    assert [record["layer"] for record in records] == [0, 1]
+    for record in records:
+        assert record["after"] < record["before"]
+
+
+def test_joint_training_lowers_the_divergence(tmp_path):
+    """On one sequence, the same at every step."""
+    options = dataclasses.replace(
+        TINY, layerwise_steps=0, joint_steps=15, batch_size=1, joint_learning_rate=1e-2, hidden_size=16
+    )
+    train(tiny.tiny_llama(), TokenSampler([[torch.arange(14) * 7 % tiny.VOCAB]]), options, tmp_path)
+    losses = json.loads((tmp_path / "training_log.json").read_text())["joint"]
+    assert losses[-1] < 0.8 * losses[0]
+
+
+ARCHITECTURES = ("falcon", "gemma3", "gpt_oss", "opt")  # multi-query outside of AttentionInterface, sliding, sinks, biases
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_the_second_stage_sees_what_the_cache_computes(name):
+    """Under a policy that no query changes, so that the student's own queries keep what the teacher's keep."""
+    model, p, n = zoo.build(name), 9, 5
+    kernels = tiny.tiny_kernels(model)
+    tokens = torch.arange(p + n)[None] * 5 % 97
+    example = Example(p, SinkRecent(1, 3))
+    hook.install()
+    with torch.no_grad():
+        dense = teacher_cache(model.config, kernels)
+        model(tokens, past_key_values=dense)
+        teachers = [layer for layer in dense.layers if isinstance(layer, TeacherLayer)]
+        scores = [next(teacher.scores_after([example])) for teacher in teachers]
+        student = student_cache(dense, example, roll_layers(teachers, example, scores, n), kernels)
+        simulated = model(tokens[:, p:], past_key_values=student).logits
+        cache = LESSCache(model, example.policy, kernels)
+        model(tokens[:, :p], past_key_values=cache)
+        stepped = [model(tokens[:, i : i + 1], past_key_values=cache).logits for i in range(p, p + n)]
+    torch.testing.assert_close(simulated, torch.cat(stepped, dim=1), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_other_architectures_train_from_start_to_finish(name, tmp_path):
+    """Kernels for full-attention layers alone, and a cache that takes them."""
+    model = zoo.build(name)
+    kernels = train(model, sampler(), TINY, tmp_path)
+    cache = LESSCache(model, policy=H2O(3, 3), kernels=kernels)
+    assert kernels.config.layers == [index for index, layer in enumerate(cache.layers) if isinstance(layer, LESSLayer)]
+    model.generate(torch.arange(20)[None], past_key_values=cache, max_new_tokens=3, do_sample=False)
+
+
+def test_every_policy_can_be_drawn():
+    options = dataclasses.replace(TINY, policies=("h2o", "sink_recent", "corm"))
+    drawn = {example.policy.name for index in range(20) for example in draw_examples(options, "joint", index)}
+    assert drawn == {"h2o", "sink_recent", "corm"}
+
+
+def test_an_interrupted_run_ends_with_the_same_bytes(tmp_path, monkeypatch):
+    """Interrupted in the middle of every part, once each."""
+    whole = train(tiny.tiny_llama(), sampler(), TINY, tmp_path / "whole")
+    interruptions = {"capture": 2, "layer 1": 2, "joint": 2}
+
+    def interrupt(stage, done, total, loss=None):
+        if interruptions.get(stage) == done:
+            del interruptions[stage]
+            raise KeyboardInterrupt
+
+    while interruptions:
+        with pytest.raises(KeyboardInterrupt):
+            train(tiny.tiny_llama(), sampler(), TINY, tmp_path / "resumed", interrupt)
+    stages = []
+    resumed = train(tiny.tiny_llama(), sampler(), TINY, tmp_path / "resumed", lambda stage, *_: stages.append(stage))
+    assert stages == ["joint"] * 2, "finished work was done again"
+    assert equal(whole, resumed)
+
+
+SCRIPT = """
+    import sys
+    sys.path.insert(0, {tests!r})
+    import tiny, test_training, torch
+    from pathlib import Path
+    from less_cache.training import train
+    torch.set_num_threads(1)
+    kernels = train(tiny.tiny_llama(), test_training.sampler(), test_training.TINY, Path({folder!r}))
+    torch.save(kernels.state_dict(), Path({folder!r}) / f"kernels_{{sys.argv[1]}}.pt")
+    """
+
+
+def start(tmp_path: Path, rank: int = 0, **environment: str) -> subprocess.Popen:
+    """The tiny run in a process of its own."""
+    path = tmp_path / "script.py"
+    path.write_text(textwrap.dedent(SCRIPT.format(tests=str(TESTS), folder=str(tmp_path / "run"))))
+    environment |= {"PYTHONPATH": str(TESTS.parent)}
+    return subprocess.Popen([sys.executable, str(path), str(rank)], env=os.environ | environment)
+
+
+def saved(tmp_path: Path, rank: int = 0) -> dict[str, torch.Tensor]:
+    return torch.load(tmp_path / "run" / f"kernels_{rank}.pt", weights_only=True)
+
+
+@pytest.fixture
+def whole(tmp_path):
+    """What the tiny run ends with, undisturbed."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in the script: another number may add in another order
+    yield train(tiny.tiny_llama(), sampler(), TINY, tmp_path / "whole").state_dict()
+    torch.set_num_threads(threads)
+
+
+def test_a_killed_run_goes_on(tmp_path, whole):
+    """kill -9 as soon as the first layer is done."""
+    process = start(tmp_path)
+    first_layer = tmp_path / "run" / "work" / "layers" / "layer_00.safetensors"
+    while not first_layer.exists() and process.poll() is None:
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert start(tmp_path).wait() == 0
+    assert all(torch.equal(whole[name], tensor) for name, tensor in saved(tmp_path).items())
+
+
+def test_two_processes_end_with_the_bytes_of_one(tmp_path, whole):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "1"}
+    processes = [start(tmp_path, rank, RANK=str(rank), LOCAL_RANK=str(rank), **group) for rank in range(2)]
+    assert [process.wait() for process in processes] == [0, 0]
+    for rank in range(2):
+        assert all(torch.equal(whole[name], tensor) for name, tensor in saved(tmp_path, rank).items()), f"process {rank}"
+
+
+def test_trained_kernels_serve_the_cache(tmp_path):
+    model = tiny.tiny_llama()
+    train(model, sampler(), TINY, tmp_path / "run").save_pretrained(tmp_path / "kernels")
+    cache = LESSCache(model, policy=H2O(3, 3), kernels=LESSKernels.from_pretrained(tmp_path / "kernels"))
+    model.generate(torch.arange(20)[None], past_key_values=cache, max_new_tokens=3, do_sample=False)
+    assert cache.get_seq_length() == 22
+
+
+def test_training_leaves_the_model_as_it_was(tmp_path):
+    model = tiny.tiny_llama().train()
+    model.model.norm.weight.requires_grad_(False)
+    before = {name: (parameter.clone(), parameter.requires_grad) for name, parameter in model.named_parameters()}
+    train(model, sampler(), TINY, tmp_path / "run")
+    assert model.training
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name][0]) and parameter.requires_grad == before[name][1] and parameter.grad is None
+
+
+def test_capture_keeps_one_layer_in_memory(tmp_path, monkeypatch):
+    """When a layer's shard is written, no other layer's activations are held."""
+    written = []
+    real_write = Shard.write
+
+    def write(self, path):
+        written.append(path.parent.name)
+        real_write(self, path)
+
+    monkeypatch.setattr(Shard, "write", write)
+    train(tiny.tiny_llama(num_hidden_layers=3), sampler(), dataclasses.replace(TINY, joint_steps=0), tmp_path)
+    assert written == ["layer_00", "layer_01", "layer_02"] * TINY.sequences, "a layer waited for another"
+
+
+def test_the_estimate_of_disk_is_what_capture_writes(tmp_path):
+    model = tiny.tiny_llama()
+
+    class Stop(Exception):
+        pass
+
+    def stop(stage, done, total, loss=None):
+        if stage == "capture" and done == total:
+            raise Stop
+
+    with pytest.raises(Stop):
+        train(model, sampler(), TINY, tmp_path, stop)
+    tensors = 0
+    for layer_idx in range(2):
+        for sequence in range(TINY.sequences):
+            shard = Shard.read(
+                shard_path(layer_folder(tmp_path / "work" / "capture", layer_idx), sequence), torch.device("cpu")
+            )
+            tensors += shard.keys.nbytes + shard.values.nbytes
+            tensors += sum(tensor.nbytes for decoded in shard.decoded for tensor in vars(decoded).values())
+    kernels = 4 * 2 * (4 * (8 * 4 + 4 * 8) + 2 * (8 * 4 + 4 * 8 + 8 * 8 + 2 * 8))
+    assert estimate(model, TINY).disk == tensors + 5 * kernels
+
+
+def test_a_model_writes_its_own_text(tmp_path):
+    model = tiny.tiny_llama()
+    texts = own_text(model, 3, 20, 0, tmp_path)
+    assert [len(text) for text in texts] == [20] * 3
+    assert len({tuple(text.tolist()) for text in texts}) == 3
+    again = own_text(model, 3, 20, 0, tmp_path / "again")
+    assert all(torch.equal(left, right) for left, right in zip(texts, again, strict=True))
 
 
 class Characters:
     """A tokenizer: one token a character."""
 
     def __call__(self, text, **options):
-        return {"input_ids": [ord(character) % tiny.VOCAB for character in text]}
+        return {"input_ids": [ord(character) for character in text]}
 
 
-@pytest.fixture
-def sampler(tmp_path):
-    (tmp_path / "text.txt").write_text("It is a truth universally acknowledged, that a single man in possession. " * 3)
-    return TokenSampler([tmp_path], Characters())
+@pytest.mark.parametrize("column", ["text", "article"])
+def test_a_dataset_is_streamed_as_far_as_needed(tmp_path, column):
+    rows = [{"id": index, column: f"Document {index}."} for index in range(5)]
+    (tmp_path / "train.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    text = "".join(map(chr, hub_text(str(tmp_path), Characters(), 30)))
+    assert text == "Document 0.\n\nDocument 1.\n\nDocument 2.\n\n"
 
 
-@pytest.mark.parametrize("policy", [H2O(3, 2), SinkRecent(2, 3), CORM(3, 2)], ids=lambda policy: policy.name)
-@pytest.mark.parametrize("with_kernels", [False, True])
-def test_simulated_decoding_equals_the_cache(policy, with_kernels):
-    b, h, g, d, p, n = 2, 4, 2, 8, 11, 9
-    queries, keys, values = tiny.random_states(b, h, g, p + n, d)
-    kernels = tiny.layer_kernels(h, g, d) if with_kernels else None
-    cached = tiny.feed(LESSLayer(policy, kernels, 0), queries, keys, values, [p] + [1] * n)[:, :, p:]
-
-    teacher = TeacherLayer()
-    teacher.attend(tiny.plain_attention, torch.nn.Identity(), queries, keys, values, None, scaling=queries.shape[-1] ** -0.5)
-    counts = policy.resolve(torch.full((b,), p)).T[:, :, None, None]
-    (decode,) = roll_layers([teacher], policy, [teacher.prompt_scores(policy, p, counts)], n)
-    logits = attention_logits(queries[:, :, p:], columns(keys, decode.order, p), decode.visible, d**-0.5)
-    simulated = attend(decode, queries[:, :, p:], keys, values, kernels, logits)
-    torch.testing.assert_close(simulated, cached, rtol=1e-4, atol=1e-5)
+def test_a_dataset_without_text_says_what_it_has(tmp_path):
+    (tmp_path / "train.jsonl").write_text(json.dumps({"label": 1, "score": 0.5}))
+    with pytest.raises(LESSError, match=r"column of text, got the columns \['label', 'score'\]"):
+        hub_text(str(tmp_path), Characters(), 30)
 
 
-def test_scores_go_on_from_a_shorter_prompt():
-    queries, keys, values = tiny.random_states(2, 4, 2, 20, 8)
-    teacher = TeacherLayer()
-    teacher.attend(tiny.plain_attention, torch.nn.Identity(), queries, keys, values, None, scaling=queries.shape[-1] ** -0.5)
-    policy = H2O(2, 2)
-    counts = policy.resolve(torch.full((2,), 20)).T[:, :, None, None]
-    earlier = teacher.prompt_scores(policy, 7, counts)
-    torch.testing.assert_close(teacher.prompt_scores(policy, 20, counts, earlier), teacher.prompt_scores(policy, 20, counts))
+def test_a_dataset_that_is_not_there_says_what_to_pass(tmp_path):
+    with pytest.raises(LESSError, match=r"Cannot read the dataset './absent'.* Hub dataset id that can be reached"):
+        hub_text("./absent", Characters(), 30)
 
 
-def test_training_lowers_the_layerwise_loss(tmp_path, sampler):
-    model = tiny.tiny_llama()
-    train(model, sampler, dataclasses.replace(TINY, layerwise_steps=60, joint_steps=0, checkpoint_every=60), tmp_path / "run")
-    losses = [json.loads(line)["loss"] for line in (tmp_path / "run" / "training_log.jsonl").read_text().splitlines()]
-    assert sum(losses[-10:]) < 0.95 * sum(losses[:10])
-
-
-def test_an_interrupted_run_ends_with_the_same_bytes(tmp_path, sampler, monkeypatch):
-    whole = train(tiny.tiny_llama(), sampler, TINY, tmp_path / "whole")
-    real_step = trainer._Run.joint_step
-
-    def interrupted(self):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(trainer._Run, "joint_step", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        train(tiny.tiny_llama(), sampler, TINY, tmp_path / "resumed")
-    monkeypatch.setattr(trainer._Run, "joint_step", real_step)
-    resumed = train(tiny.tiny_llama(), sampler, TINY, tmp_path / "resumed")
-    for name, tensor in whole.state_dict().items():
-        assert torch.equal(tensor, resumed.state_dict()[name]), name
-
-
-def test_trained_kernels_serve_the_cache(tmp_path, sampler):
-    model = tiny.tiny_llama()
-    train(model, sampler, TINY, tmp_path / "run").save_pretrained(tmp_path / "kernels")
-    cache = LESSCache(model, policy=H2O(3, 3), kernels=LESSKernels.from_pretrained(tmp_path / "kernels"))
-    model.generate(torch.arange(20)[None], past_key_values=cache, max_new_tokens=3, do_sample=False)
-    assert cache.get_seq_length() == 22
-
-
-def test_training_leaves_the_model_as_it_was(tmp_path, sampler):
-    model = tiny.tiny_llama()
-    model.model.norm.weight.requires_grad_(False)
-    before = {name: (parameter.clone(), parameter.requires_grad) for name, parameter in model.named_parameters()}
-    train(model, sampler, TINY, tmp_path / "run")
-    for name, parameter in model.named_parameters():
-        assert torch.equal(parameter, before[name][0]) and parameter.requires_grad == before[name][1] and parameter.grad is None
-
-
-def test_other_options_do_not_resume(tmp_path, sampler):
-    train(tiny.tiny_llama(), sampler, TINY, tmp_path / "run")
+@pytest.mark.parametrize("change", [{"seed": 1}, {"least_budget": 0.1}])
+def test_other_options_do_not_go_on(tmp_path, change):
+    train(tiny.tiny_llama(), sampler(), TINY, tmp_path / "run")
     with pytest.raises(LESSError, match="other options"):
-        train(tiny.tiny_llama(), sampler, dataclasses.replace(TINY, seed=1), tmp_path / "run")
+        train(tiny.tiny_llama(), sampler(), dataclasses.replace(TINY, **change), tmp_path / "run")
+
+
+def test_another_model_does_not_go_on(tmp_path):
+    train(tiny.tiny_llama(), sampler(), TINY, tmp_path / "run")
+    with pytest.raises(LESSError, match="another model"):
+        train(tiny.tiny_llama(num_hidden_layers=3), sampler(), TINY, tmp_path / "run")
 
 
 def test_a_text_that_is_too_short_is_refused(tmp_path):
-    (tmp_path / "short.txt").write_text("Too short.")
     with pytest.raises(LESSError, match="at least 14 tokens, got at most 10"):
-        train(tiny.tiny_llama(), TokenSampler([tmp_path / "short.txt"], Characters()), TINY, tmp_path / "run")
+        train(tiny.tiny_llama(), TokenSampler([[torch.arange(10)]]), TINY, tmp_path / "run")
+
+
+def test_a_loss_that_is_not_finite_keeps_the_finished_layers(tmp_path, monkeypatch):
+    monkeypatch.setattr(joint_module, "kl_div", lambda student, *args, **kwargs: student.sum() * torch.nan)
+    model = tiny.tiny_llama()
+    with pytest.raises(LESSError, match="Joint step 0: the loss is nan"):
+        train(model, sampler(), TINY, tmp_path)
+    assert len(list((tmp_path / "work" / "layers").glob("*.safetensors"))) == 2
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_full_disk_keeps_the_finished_layers(tmp_path, monkeypatch):
+    real_save, saved = torch.save, []
+
+    def save(*args, **kwargs):
+        if saved:
+            raise OSError(28, "No space left on device")
+        saved.append(real_save(*args, **kwargs))
+
+    monkeypatch.setattr(torch, "save", save)
+    with pytest.raises(LESSError, match="No space left on device"):
+        train(tiny.tiny_llama(), sampler(), TINY, tmp_path / "full")
+    monkeypatch.setattr(torch, "save", real_save)
+    assert not list((tmp_path / "full").rglob("*.partial"))
+    assert equal(
+        train(tiny.tiny_llama(), sampler(), TINY, tmp_path / "full"),
+        train(tiny.tiny_llama(), sampler(), TINY, tmp_path / "whole"),
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"policies": ()}, "at least one of policies"),
+        ({"policies": ("h3o",)}, "h3o"),
+        ({"least_budget": 0.3}, "least_budget <= most_budget"),
+        ({"most_budget": 1.5}, "most_budget < 1"),
+        ({"sequences": 1}, "2 or more sequences"),
+    ],
+)
+def test_bad_options_are_refused(change, said):
+    with pytest.raises(LESSError, match=said):
+        dataclasses.replace(TINY, **change)

@@ -9,6 +9,7 @@ from less_cache import LESSConfig, LESSKernels
 from less_cache.families import fingerprint, geometry
 from less_cache.kernels import LayerKernels
 from less_cache.layer import LESSLayer
+from less_cache.training.layers import full_attention_layers
 
 VOCAB = 97
 
@@ -46,6 +47,7 @@ def tiny_kernels(model: PreTrainedModel, rank: int = 8, hidden_size: int = 16, s
         num_attention_heads=sizes.num_attention_heads,
         num_key_value_heads=sizes.num_key_value_heads,
         head_dim=sizes.head_dim,
+        layers=full_attention_layers(model.config),
         rank=rank,
         hidden_size=hidden_size,
         model_type=model.config.get_text_config(decoder=True).model_type,

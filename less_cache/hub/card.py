@@ -50,6 +50,7 @@ def render(
     elif older.text.strip():
         text = f"{text}\n\n{older.text.strip()}"
     metadata = {**older.data.to_dict(), **_metadata(config, name)}
+    metadata.pop("model-index", None)  # of older measurements
     metadata["tags"] = _tags(config, metadata.get("tags") or [])
     if license is not None:
         metadata["license"] = license

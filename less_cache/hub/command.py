@@ -93,7 +93,7 @@ def draw(config: LESSConfig) -> bytes:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise LESSError("The plot needs matplotlib: pip install 'less-cache[plot]'. Or pass --no-plot.") from error
+        raise LESSError("The plot needs matplotlib: pip install 'less-cache[train]'. Or pass --no-plot.") from error
     named = card.reports(config)
     if not named:
         raise LESSError("The plot needs a report: pass --report NAME=FILE. Or pass --no-plot.")

@@ -1,39 +1,139 @@
 """What `less-cache train` does: a model's name and texts in, a folder of kernels out."""
 
+import json
+import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from accelerate import PartialState
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
 
-from less_cache import models
-from less_cache.training.data import TokenSampler, text_files
-from less_cache.training.trainer import TrainingOptions, train
+from less_cache import hub, models
+from less_cache.errors import LESSError
+from less_cache.training import plot
+from less_cache.training.cost import Cost, estimate
+from less_cache.training.data import OWN, TokenSampler, hub_text, own_text, text_files, tokenize
+from less_cache.training.options import TrainingOptions
+from less_cache.training.trainer import LOG_NAME, WORK_NAME, train
+
+PLOT_NAME = "training.png"
+COLUMNS = (
+    TextColumn("{task.description}"),
+    BarColumn(),
+    MofNCompleteColumn(),
+    TimeElapsedColumn(),
+    TimeRemainingColumn(),
+    TextColumn("{task.fields[loss]}"),
+)
 
 
-def run(model_name: str, data: list[Path], output: Path, options: TrainingOptions, dtype: torch.dtype) -> None:
-    """Train, show how it goes, write `less_config.json` and `less_kernels.safetensors` into `output`."""
+def run(
+    model_name: str, data: Sequence[str], output: Path, options: TrainingOptions, dtype: torch.dtype, dry_run: bool
+) -> None:
+    """Train, show how it goes, write kernels, log and plot into `output`. `dry_run`: only print what it will take."""
     console = Console(highlight=False)
-    for source in data:
-        text_files(source)  # a wrong path is reported before the model is loaded
-    model, tokenizer = models.load(model_name, dtype=dtype)
-    sampler = TokenSampler(data, tokenizer)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("loss {task.fields[loss]:.4f}"),
-    )
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task("layerwise", total=options.layerwise_steps + options.joint_steps, loss=float("nan"))
-
-        def report(step: int, stage: str, loss: float) -> None:
-            progress.update(task, completed=step, description=stage, loss=loss)
-
+    for source in filter(is_path, data):
+        text_files(Path(source))  # a wrong path is reported before the model is loaded
+    if (output / hub.CONFIG_NAME).exists():
+        raise LESSError(f"{output} already holds kernels. Choose another output folder, or remove it to train again.")
+    processes = PartialState()
+    model, tokenizer = models.load(model_name, dtype=dtype, device=processes.device)
+    cost = estimate(model, options)
+    if dry_run:
+        console.print(cost_table(cost))
+        return
+    with Progress(*COLUMNS, console=console, disable=not processes.is_main_process) as progress:
+        report = ProgressReport(progress, cost)
+        sampler = TokenSampler([texts(source, model, tokenizer, options, output, report) for source in data])
         kernels = train(model, sampler, options, output, report)
+    if not processes.is_main_process:
+        return
     kernels.config.base_model = model_name
-    kernels.config.training |= {"data": [source.name for source in data], "dtype": str(dtype).removeprefix("torch.")}
+    kernels.config.training |= {
+        "data": [Path(source).name if is_path(source) else source for source in data],
+        "dtype": str(dtype).removeprefix("torch."),
+    }
     kernels.save_pretrained(output)
+    shutil.rmtree(output / WORK_NAME)
+    plot.draw(output / LOG_NAME, output / PLOT_NAME)
+    log = json.loads((output / LOG_NAME).read_text())
+    if log["layers"]:
+        console.print(layer_table(log))
     console.print(f"Wrote {output}. Try it: less-cache demo --model {model_name} --kernels {output}")
+
+
+def is_path(source: str) -> bool:
+    """A source of data that names a file or folder: neither `self` nor a Hub id, which is `name` or `owner/name`."""
+    if source == OWN:
+        return False
+    path = Path(source)
+    return path.exists() or path.suffix == ".txt" or source.startswith((".", "/", "~")) or source.count("/") > 1
+
+
+def texts(
+    source: str, model: Any, tokenizer: Any, options: TrainingOptions, output: Path, report: Callable
+) -> list[torch.Tensor]:
+    """The texts of one entry of `--data`, tokenized."""
+    sequences = options.sequences + options.joint_steps * options.batch_size
+    if source == OWN:
+        return own_text(model, options.sequences, options.longest, options.seed, output / WORK_NAME / "own", report)
+    if is_path(source):
+        return [tokenize(path.read_text("utf-8", "replace"), tokenizer) for path in text_files(Path(source))]
+    return [hub_text(source, tokenizer, sequences * options.longest)]
+
+
+class ProgressReport:
+    """Rows of progress: the stage or layer at work, the layers together, and the whole run, weighed by its cost."""
+
+    def __init__(self, progress: Progress, cost: Cost):
+        self.progress = progress
+        total = cost.capture + cost.layerwise + cost.joint
+        self.weights = {"capture": cost.capture / total, "layers": cost.layerwise / total, "joint": cost.joint / total}
+        self.shares = dict.fromkeys(self.weights, 0.0)
+        self.rows = {"all": progress.add_task("all, %", total=100, loss="")}
+
+    def __call__(self, stage: str, done: int, total: int, loss: float | None = None) -> None:
+        row = stage.split()[0]
+        shown = "" if loss is None else f"loss {loss:.4f}"
+        if row not in self.rows:
+            self.rows[row] = self.progress.add_task(stage, total=total, loss=shown)
+        elif done == 1:
+            self.progress.reset(self.rows[row])
+        self.progress.update(self.rows[row], description=stage, completed=done, total=total, loss=shown)
+        if stage in self.shares:
+            self.shares[stage] = done / total
+            whole = sum(self.weights[name] * share for name, share in self.shares.items())
+            self.progress.update(self.rows["all"], completed=round(100 * whole))
+
+
+def cost_table(cost: Cost) -> Table:
+    """What a run will take."""
+    table = Table(title="What this run takes", box=box.SIMPLE_HEAD, show_header=False)
+    table.add_column()
+    table.add_column(justify="right")
+    stages = {"capture": cost.capture, "each layer on its own": cost.layerwise, "all layers jointly": cost.joint}
+    for stage, flops in stages.items():
+        table.add_row(stage, f"{flops / 1e12:,.1f} TFLOP")
+    table.add_row("all", f"{sum(stages.values()) / 1e12:,.1f} TFLOP", style="bold")
+    table.add_row("disk, at most", f"{cost.disk / 2**30:,.2f} GiB")
+    table.add_row("memory for weights and activations", f"{cost.memory / 2**30:,.2f} GiB")
+    return table
+
+
+def layer_table(log: dict) -> Table:
+    """What the first stage reached in each layer."""
+    table = Table(title="Share of the policy's error that is left, held-out sequences", box=box.SIMPLE_HEAD)
+    for name in ("layer", "before", "after", "explained"):
+        table.add_column(name, justify="right")
+    for record in log["layers"]:
+        before, after = record["before"], record["after"]
+        table.add_row(str(record["layer"]), f"{before:.3f}", f"{after:.3f}", f"{1 - after:.0%}")
+    before, after = (sum(record[key] for record in log["layers"]) / len(log["layers"]) for key in ("before", "after"))
+    table.add_section()
+    table.add_row("mean", f"{before:.3f}", f"{after:.3f}", f"{1 - after:.0%}")
+    return table

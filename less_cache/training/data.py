@@ -1,32 +1,43 @@
-"""Token sequences to train on."""
+"""Token sequences to train on: text files, a dataset of the Hub, or text that the model writes itself.
 
-from collections.abc import Sequence
+Axes: `b` sequences, `t` tokens.
+"""
+
+import random
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from less_cache.errors import LESSError
+from less_cache.training.files import load_tensors, save_tensors
+
+OWN = "self"
+OWN_BATCH = 8  # sequences sampled at once from a model
 
 
 class TokenSampler:
-    """Random stretches of text. Every entry of `sources` gets the same share; within a folder, files share by length.
+    """Random stretches of texts. Every source gets the same share; within a source, texts share by length.
 
     Args:
-        sources: Text files, or folders of `*.txt` files.
-        tokenizer: A transformers tokenizer.
+        sources: For each source its texts, one tensor `[t]` of token ids each.
     """
 
-    def __init__(self, sources: Sequence[str | Path], tokenizer):
-        self.sources = [[_tokenize(path, tokenizer) for path in text_files(Path(source))] for source in sources]
+    def __init__(self, sources: Sequence[Sequence[torch.Tensor]]):
+        self.sources = sources
 
     def batch(self, batch_size: int, length: int, generator: torch.Generator) -> torch.Tensor:
-        """`[batch_size, length]` token ids."""
+        """`[batch_size, length]` token ids, a function of `generator`'s state."""
         rows = []
         for _ in range(batch_size):
             texts = self.sources[_draw([1.0] * len(self.sources), generator)]
             starts = [max(0, len(text) - length + 1) for text in texts]
             if not sum(starts):
-                raise LESSError(f"Expected texts of at least {length} tokens, got at most {max(map(len, texts))}.")
+                raise LESSError(
+                    f"Expected texts of at least {length} tokens, got at most {max(map(len, texts), default=0)}. "
+                    "Pass longer texts or shorter prompt lengths."
+                )
             text = texts[_draw(starts, generator)]
             start = int(torch.randint(len(text) - length + 1, (), generator=generator))
             rows.append(text[start : start + length])
@@ -37,13 +48,87 @@ def text_files(source: Path) -> list[Path]:
     """The file, or the folder's `*.txt` files; an error where there is none."""
     files = sorted(source.glob("*.txt")) if source.is_dir() else [source]
     if not files or not all(file.is_file() for file in files):
-        raise LESSError(f"Expected a text file or a folder of .txt files, got {source}.")
+        raise LESSError(f"Expected a text file, a folder of .txt files, a Hub dataset id or 'self', got {source}.")
     return files
 
 
-def _tokenize(path: Path, tokenizer) -> torch.Tensor:
-    text = path.read_text(encoding="utf-8", errors="replace")
-    return torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+def hub_text(dataset: str, tokenizer, tokens: int) -> torch.Tensor:
+    """The first `tokens` tokens of a Hub dataset's train split, streamed, its documents joined; `[t]`.
+
+    `dataset`: an id, with a configuration after a colon where it has several (`allenai/c4:en`). The text is the column
+    `text`, or else the first column of strings.
+    """
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise LESSError("Reading a Hub dataset needs the package datasets: pip install 'less-cache[train]'.") from error
+    name, _, configuration = dataset.partition(":")
+    try:
+        rows = load_dataset(name, configuration or None, split="train", streaming=True)
+        pieces, total = [], 0
+        for row in rows:
+            column = (
+                "text" if isinstance(row.get("text"), str) else next((key for key in row if isinstance(row[key], str)), None)
+            )
+            if column is None:
+                raise LESSError(f"Dataset {dataset!r}: expected a column of text, got the columns {sorted(row)}.")
+            pieces.append(tokenize(row[column] + "\n\n", tokenizer))
+            total += len(pieces[-1])
+            if total >= tokens:
+                break
+    except LESSError:
+        raise
+    except Exception as error:  # whatever the Hub client and the readers of many formats raise
+        first = str(error).strip().splitlines()[:1]
+        raise LESSError(
+            f"Cannot read the dataset {dataset!r} ({type(error).__name__}: {' '.join(first)}). Expected a text file, a folder "
+            "of .txt files, 'self', or a Hub dataset id that can be reached, its configuration after a colon."
+        ) from error
+    if not pieces:
+        raise LESSError(f"Dataset {dataset!r}: expected documents in its train split, got none.")
+    return torch.cat(pieces)
+
+
+def own_text(
+    model: Any,
+    sequences: int,
+    length: int,
+    seed: int,
+    folder: Path,
+    report: Callable[[str, int, int], object] = lambda stage, done, total: None,
+) -> list[torch.Tensor]:
+    """`sequences` texts `[length]` that the model samples at temperature 1, kept in `folder` as they are written."""
+    texts: list[torch.Tensor] = []
+    start = model.generation_config.bos_token_id
+    for first in range(0, sequences, OWN_BATCH):
+        batch_path = folder / f"own_{first:04d}.safetensors"
+        if not batch_path.exists():
+            rows = min(OWN_BATCH, sequences - first)
+            draw = random.Random(f"{seed}/own/{first}")
+            vocabulary = model.get_input_embeddings().num_embeddings
+            tokens = torch.tensor([[draw.randrange(vocabulary) if start is None else start] for _ in range(rows)])
+            with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+                torch.manual_seed(draw.getrandbits(63))
+                written = model.generate(
+                    tokens.to(model.device),
+                    attention_mask=torch.ones_like(tokens).to(model.device),
+                    do_sample=True,
+                    temperature=1.0,
+                    top_k=0,
+                    top_p=1.0,
+                    min_new_tokens=length,
+                    max_new_tokens=length,
+                    pad_token_id=0,
+                )
+            save_tensors(batch_path, {"tokens": written[:, 1:]})
+        texts += load_tensors(batch_path)[0]["tokens"].unbind(0)
+        report("own text", len(texts), sequences)
+    return texts
+
+
+def tokenize(text: str, tokenizer) -> torch.Tensor:
+    """Token ids `[t]`, no special tokens."""
+    return torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.long)
 
 
 def _draw(weights: Sequence[float], generator: torch.Generator) -> int:

@@ -3,23 +3,28 @@
 Axes: `b` batch, `h` query heads, `g` KV heads, `n` queries, `t` tokens, `p` prompt tokens, `d` head dim.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
-from transformers.cache_utils import CacheLayerMixin
+from transformers import Cache, DynamicCache, PreTrainedConfig
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
 from less_cache import hook
-from less_cache.attention import attention_logits
-from less_cache.kernels import LayerKernels
-from less_cache.layer import QUERY_BLOCK
-from less_cache.policies import EvictionPolicy
+from less_cache.attention import attention_logits, sparse_softmax
+from less_cache.errors import LESSError
+from less_cache.kernels import LayerKernels, LESSKernels
+from less_cache.training.options import Example
 from less_cache.training.simulate import Decode, attend, columns, roll
+
+QUERY_BLOCK = 32  # queries scored at once: their weights over a long prompt stay in the processor's cache
 
 
 class TrainingLayer(CacheLayerMixin):
-    """Hands attention over to `attend`, and stores nothing for a next block."""
+    """Sees one block of tokens after `prompt_length` others, and stores nothing for a next one."""
 
     supports_early_init = False
+    is_sliding = False
     prompt_length = 0
 
     def update(self, key_states, value_states, *args, **kwargs):
@@ -38,6 +43,30 @@ class TrainingLayer(CacheLayerMixin):
         return -1
 
 
+class DenseLayer(TrainingLayer):
+    """A layer that LESS leaves alone, such as one with a sliding window: the model's own attention over all tokens.
+
+    `prompt`: the layer that has seen the prompt, and its length; None at the beginning.
+    """
+
+    def __init__(self, is_sliding: bool, prompt: tuple["DenseLayer", int] | None = None):
+        super().__init__()
+        self.is_sliding = is_sliding
+        self.prompt = prompt
+        self.prompt_length = prompt[1] if prompt is not None else 0
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        if self.prompt is not None:
+            before, p = self.prompt
+            key_states = torch.cat([before.keys[:, :, :p], key_states], dim=2)
+            value_states = torch.cat([before.values[:, :, :p], value_states], dim=2)
+        self.keys, self.values = key_states, value_states
+        return key_states, value_states
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.prompt_length + query_length, 0
+
+
 class TeacherLayer(TrainingLayer):
     """Runs the model's own attention on whole sequences and keeps what students need of them.
 
@@ -49,62 +78,45 @@ class TeacherLayer(TrainingLayer):
         self, original: Callable, module, query_states, key_states, value_states, attention_mask, scaling=None, **kwargs
     ):
         output, weights = original(module, query_states, key_states, value_states, attention_mask, scaling=scaling, **kwargs)
-        self.module = module
         self.scaling = query_states.shape[-1] ** -0.5 if scaling is None else scaling
-        self.softcap = kwargs.get("softcap")
+        self.softcap, self.sinks = kwargs.get("softcap"), kwargs.get("s_aux")
         # [b, h or g, t, d]; detached, so that the keys' tag does not tie layer and keys into a cycle
         self.queries, self.keys, self.values = query_states, key_states.detach(), value_states
         self.outputs = output  # [b, t, h, d]
         return output, weights
 
-    def prompt_scores(
-        self,
-        policy: EvictionPolicy,
-        prompt_length: int,
-        counts: torch.Tensor,
-        earlier: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """The policy's scores `[b, g, p]` after a prompt of the first `prompt_length` tokens, densely attended.
+    def release(self) -> None:
+        """Let go of all activations."""
+        self.queries = self.keys = self.values = self.outputs = None
 
-        `earlier`: scores `[b, g, p']` of a shorter prompt to go on from, for a policy that observes every query.
+    def scores_after(self, examples: Sequence[Example]) -> Iterator[torch.Tensor]:
+        """For each example, shortest first, its policy's scores `[b, g, p]` after its prompt, densely attended.
+
+        A prompt is the beginning of the next, so scores go on from one to the next under a policy that observes every
+        query.
         """
-        p = prompt_length
         b, g, _, _ = self.keys.shape
-        column = torch.arange(p, device=self.keys.device)
-        scores = policy.arrival(column.expand(b, g, p))
-        start = p - policy.observed(counts, p)
-        if earlier is not None and start == 0:
-            start = earlier.shape[-1]
-            scores[:, :, :start] = earlier
-        for first in range(start, p, QUERY_BLOCK):
-            rows = slice(first, min(first + QUERY_BLOCK, p))
-            visible = (column[: rows.stop] <= column[rows, None]).expand(b, g, -1, rows.stop)
-            keys = self.keys[:, :, : rows.stop]
-            logits = attention_logits(self.queries[:, :, rows], keys, visible, self.scaling, self.softcap)
-            scores[:, :, : rows.stop] = policy.observe(
-                scores[:, :, : rows.stop], logits.softmax(dim=-1), column[rows].expand(b, -1)
-            )
-        return scores
-
-
-def roll_layers(teachers: list[TeacherLayer], policy: EvictionPolicy, scores: list[torch.Tensor], steps: int) -> list[Decode]:
-    """Every layer's decoding of the `steps` tokens after a prompt, with the teacher's queries.
-
-    The layers are rolled as one batch: they do not depend on one another. `scores`: each layer's `[b, g, p]`.
-    """
-    b, _, p = scores[0].shape
-    span = slice(p, p + steps)
-    counts = policy.resolve(torch.full((b * len(teachers),), p, device=scores[0].device)).T[:, :, None, None]
-    decode = roll(
-        policy,
-        torch.cat([teacher.queries[:, :, span] for teacher in teachers]),
-        torch.cat([teacher.keys[:, :, : span.stop] for teacher in teachers]),
-        torch.cat(scores),
-        counts,
-        teachers[0].scaling,
-        teachers[0].softcap,
-    )
-    return decode.split(b)
+        earlier: dict[str, torch.Tensor] = {}
+        for example in examples:
+            p, policy = example.prompt_length, example.policy
+            column = torch.arange(p, device=self.keys.device)
+            counts = policy.resolve(torch.full((b,), p, device=self.keys.device)).T[:, :, None, None]
+            scores = policy.arrival(column.expand(b, g, p))
+            start = p - policy.observed(counts, p)
+            if start == 0 and policy.name in earlier:
+                start = earlier[policy.name].shape[-1]
+                scores[:, :, :start] = earlier[policy.name]
+            for first in range(start, p, QUERY_BLOCK):
+                rows = slice(first, min(first + QUERY_BLOCK, p))
+                logits = attention_logits(
+                    self.queries[:, :, rows], self.keys[:, :, : rows.stop], None, self.scaling, self.softcap
+                )
+                logits[..., first:].masked_fill_(column[first : rows.stop] > column[rows, None], -torch.inf)
+                weights = logits.softmax(dim=-1) if self.sinks is None else sparse_softmax(logits, self.sinks)[0]
+                scores[:, :, : rows.stop] = policy.observe(scores[:, :, : rows.stop], weights, column[rows].expand(b, -1))
+            if policy.observed(counts, p) == p:
+                earlier[policy.name] = scores.clone()
+            yield scores
 
 
 class StudentLayer(TrainingLayer):
@@ -127,5 +139,60 @@ class StudentLayer(TrainingLayer):
         logits = attention_logits(
             query_states, columns(keys, self.decode.order, p), self.decode.visible, teacher.scaling, teacher.softcap
         )
-        output = attend(self.decode, query_states, keys, values, self.kernels, logits)
+        output = attend(self.decode, query_states, keys, values, self.kernels, logits, teacher.sinks)
         return output.transpose(1, 2).to(query_states.dtype), None
+
+
+def full_attention_layers(config: PreTrainedConfig) -> list[int]:
+    """Indices of the layers that a LESSCache compresses."""
+    return [index for index, layer in enumerate(DynamicCache(config=config).layers) if type(layer) is DynamicLayer]
+
+
+def teacher_cache(config: PreTrainedConfig, kernels: LESSKernels) -> Cache:
+    """A cache for a dense forward: a `TeacherLayer` where there are kernels, a `DenseLayer` elsewhere."""
+    layers: list[Any] = []
+    for index, layer in enumerate(DynamicCache(config=config).layers):
+        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+            raise LESSError(
+                f"Layer {index} is a {type(layer).__name__}: a recurrent layer cannot be run from the middle of a sequence, "
+                "which the second stage needs. Train with joint_steps=0."
+            )
+        is_sliding = type(layer) is DynamicSlidingWindowLayer
+        layers.append(DenseLayer(is_sliding) if kernels.for_layer(index) is None else TeacherLayer())
+    return Cache(layers=layers)
+
+
+def student_cache(teacher: Cache, example: Example, decodes: Sequence[Decode], kernels: LESSKernels) -> Cache:
+    """A cache for the block decoded after the example's prompt; `decodes`: of the layers with kernels, in order."""
+    remaining = iter(decodes)
+    layers: list[Any] = []
+    for index, layer in enumerate(teacher.layers):
+        if isinstance(layer, TeacherLayer):
+            layers.append(StudentLayer(layer, next(remaining), kernels.for_layer(index)))
+        elif isinstance(layer, DenseLayer):
+            layers.append(DenseLayer(layer.is_sliding, (layer, example.prompt_length)))
+    return Cache(layers=layers)
+
+
+def roll_layers(teachers: Sequence[TeacherLayer], example: Example, scores: Sequence[torch.Tensor], steps: int) -> list[Decode]:
+    """Every layer's decoding of the `steps` tokens after a prompt, with the teacher's queries.
+
+    The layers are rolled as one batch: they do not depend on one another. `scores`: each layer's `[b, g, p]`.
+    """
+    b, _, p = scores[0].shape
+    span = slice(p, p + steps)
+    counts = example.policy.resolve(torch.full((b * len(teachers),), p, device=scores[0].device)).T[:, :, None, None]
+    sinks = None
+    if teachers[0].sinks is not None:
+        sinks = torch.cat([teacher.sinks.expand(b, -1) for teacher in teachers])
+    decode = roll(
+        example.policy,
+        torch.cat([teacher.queries[:, :, span] for teacher in teachers]),
+        torch.cat([teacher.keys[:, :, : span.stop] for teacher in teachers]),
+        torch.cat(list(scores)),
+        counts,
+        teachers[0].scaling,
+        teachers[0].softcap,
+        sinks,
+    )
+    return decode.split(b)

@@ -8,7 +8,7 @@ import dataclasses
 
 import torch
 
-from less_cache.attention import attention_logits
+from less_cache.attention import attention_logits, sparse_softmax
 from less_cache.kernels import LayerKernels
 from less_cache.policies import EvictionPolicy
 
@@ -42,6 +42,7 @@ def roll(
     counts: torch.Tensor,
     scaling: float,
     softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> Decode:
     """Roll `policy` over the last n tokens of a sequence, one step after another, as the cache does.
 
@@ -49,7 +50,8 @@ def roll(
         query_states: `[b, h, n, d]`, the decoded tokens alone.
         key_states: `[b, g, p + n, d]`.
         prompt_scores: The policy's scores after the prompt, `[b, g, p]`.
-        counts: The policy's token counts, `[f, b, 1, 1]`.
+        counts: The policy's token counts, `[f, b, 1, 1]`; rows may differ.
+        sinks: `[h]` or `[b, h]`.
     """
     b, g, p = prompt_scores.shape
     n = query_states.shape[2]
@@ -77,7 +79,7 @@ def roll(
         evicted_steps.append(exists & ~visible)
         if policy.observed(counts, 1):
             step_logits = logits[..., step : step + 1, :].masked_fill(~visible[:, :, None, None], -torch.inf)
-            weights = step_logits.softmax(dim=-1)
+            weights, _ = sparse_softmax(step_logits, sinks)
             scores = policy.observe(scores, weights, seen.view(b, 1))
         seen = seen + 1
         if capacity is None:
@@ -102,10 +104,11 @@ def attend(
     value_states: torch.Tensor,
     kernels: LayerKernels | None,
     logits: torch.Tensor,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention output of the decoded tokens, `[b, h, n, d]` float32, by the plain formula of `LESSCache`.
 
-    `logits`: of the queries and the columns, `[b, g, s, n, c]`, -inf where not visible.
+    `logits`: of the queries and the columns, `[b, g, s, n, c]`, -inf where not visible. `sinks`: `[h]`.
     """
     p = decode.keep.shape[-1]
     b, g, s, n, c = logits.shape
@@ -114,6 +117,8 @@ def attend(
     largest = logits.amax(dim=-1, keepdim=True).detach()
     weights = (logits - largest).exp()
     denominator = weights.sum(dim=-1, keepdim=True)
+    if sinks is not None:
+        denominator = denominator + (sinks.float().view(1, g, s, 1, 1) - largest).exp()
     if kernels is None:
         mixed, numerator = weights, weights.new_zeros(())
     else:

@@ -1,0 +1,52 @@
+"""One call of attention, as a layer of the cache takes it in.
+
+Axes: `b` batch, `h` query heads, `g` KV heads, `n` new tokens, `d` head dim.
+"""
+
+import dataclasses
+
+import torch
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionCall:
+    """The new tokens of one forward, after RoPE, and how attention is to read them.
+
+    Args:
+        query_states: `[b, h, n, d]`.
+        key_states: `[b, g, n, d]`.
+        value_states: `[b, g, n, d]`.
+        attention_mask: Of the new tokens alone, `[b, 1, n, n]` or `[b, n]`, bool or additive; None: causal.
+        real: Which tokens are not padding, bool `[b, n]`; None: all.
+        scaling: Factor of q·k.
+        softcap: Soft cap of the logits; None: none.
+        sinks: Learned logits without a value, `[h]`; None: none.
+    """
+
+    query_states: torch.Tensor
+    key_states: torch.Tensor
+    value_states: torch.Tensor
+    attention_mask: torch.Tensor | None
+    real: torch.Tensor | None
+    scaling: float
+    softcap: float | None
+    sinks: torch.Tensor | None
+
+    @property
+    def num_tokens(self) -> int:
+        return self.query_states.shape[2]
+
+    def part(self, start: int, stop: int) -> "AttentionCall":
+        """The tokens from `start` to `stop`, as if they had come alone."""
+        tokens, mask = slice(start, stop), self.attention_mask
+        if mask is not None:
+            mask = mask[..., -self.num_tokens :][..., tokens]
+            mask = mask if mask.dim() == 2 else mask[:, :, -self.num_tokens :][:, :, tokens]
+        return dataclasses.replace(
+            self,
+            query_states=self.query_states[:, :, tokens],
+            key_states=self.key_states[:, :, tokens],
+            value_states=self.value_states[:, :, tokens],
+            attention_mask=mask,
+            real=None if self.real is None else self.real[:, tokens],
+        )

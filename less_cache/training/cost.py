@@ -1,0 +1,77 @@
+"""What a run will take, before it starts: floating-point operations, disk and memory.
+
+Axes: `h` query heads, `g` KV heads, `t` tokens, `p` prompt tokens, `n` decoded tokens, `c` columns, `d` head dim, `m`
+hidden size, `r` rank.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+from transformers import PreTrainedModel
+
+from less_cache.families import geometry
+from less_cache.training import capture, joint
+from less_cache.training.layers import full_attention_layers
+from less_cache.training.options import Example, TrainingOptions, draw_examples
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """Operations of each part of a run (a multiplication and an addition are two), and bytes.
+
+    Args:
+        capture, layerwise, joint: Floating-point operations, matrix products alone.
+        disk: Most bytes in the output folder.
+        memory: Most bytes of weights and activations, of one process.
+    """
+
+    capture: float
+    layerwise: float
+    joint: float
+    disk: int
+    memory: int
+
+
+def estimate(model: PreTrainedModel, options: TrainingOptions) -> Cost:
+    """The cost of training kernels for `model`, over the very sequences that a run would draw."""
+    sizes = geometry(model.config)
+    h, g, d = sizes.num_attention_heads, sizes.num_key_value_heads, sizes.head_dim
+    layers = len(full_attention_layers(model.config))
+    n, m, r = options.decoded, options.hidden_size, options.rank
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    itemsize = next(model.parameters()).element_size()
+
+    def dense(examples: Sequence[Example]) -> float:
+        """A forward over the whole sequence, and the policy's scores after the longest prompt."""
+        p = examples[-1].prompt_length
+        t = p + n
+        return 2 * parameters * t + layers * h * d * (2 * t**2 + p**2)
+
+    def less(examples: Sequence[Example]) -> float:
+        """One layer's attention under LESS over all decoded tokens: forward and backward."""
+        total = 0.0
+        for example in examples:
+            p = example.prompt_length
+            c = options.most_budget * (p + n) + n
+            total += 2 * (h * n + g * (p + n)) * (d * m + m * r) + 4 * h * n * c * (d + r)
+        return 3 * total
+
+    def shard(examples: Sequence[Example]) -> int:
+        t = examples[-1].prompt_length + n
+        scores = sum(4 * g * example.prompt_length for example in examples)
+        return itemsize * d * (2 * g * t + 2 * h * n * len(examples)) + scores
+
+    captured = [draw_examples(options, capture.STAGE, index) for index in range(options.sequences)]
+    drawn = [draw_examples(options, joint.STAGE, index) for index in range(options.joint_steps * options.batch_size)]
+    kernel_bytes = 4 * layers * (h * (d * m + m * r) + g * (d * m + m * r + r * r + 2 * r))
+    mean = sum(map(less, captured)) / len(captured)
+    longest = options.longest
+    return Cost(
+        capture=sum(map(dense, captured)) if options.layerwise_steps else 0,
+        layerwise=layers * options.layerwise_steps * mean,
+        joint=sum(dense(each) + layers * less(each) + 6 * parameters * n * len(each) for each in drawn),
+        disk=(layers * sum(map(shard, captured)) if options.layerwise_steps else 0) + 5 * kernel_bytes,
+        memory=parameters * itemsize
+        + (4 + 2 * options.batch_size) * kernel_bytes
+        + (layers * longest * d * 2 * (h + g) * itemsize if options.joint_steps else 0),
+    )

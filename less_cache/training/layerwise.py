@@ -1,0 +1,155 @@
+"""The first stage: each layer's kernels on that layer's captured activations, without the model.
+
+Loss of an example: |LESS − dense|² / |policy alone − dense|² over its decoded tokens, after the output projection: the
+share of the policy's error that is left, the same scale for every layer.
+
+Axes: `b` examples, `h` query heads, `g` KV heads, `p` prompt tokens, `n` decoded tokens, `d` head dim.
+"""
+
+import collections
+import dataclasses
+import json
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from less_cache.attention import attention_logits
+from less_cache.errors import LESSError
+from less_cache.kernels import LayerKernels
+from less_cache.training.capture import STAGE, Shard, shard_path
+from less_cache.training.files import load_tensors, save_tensors
+from less_cache.training.options import TrainingOptions, cosine, draw_examples
+from less_cache.training.simulate import Decode, attend, columns, roll
+
+ROLLED_AT_ONCE = 16  # examples
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerRecord:
+    """How well one layer's kernels do on the held-out sequences: shares of the policy's error left, and losses."""
+
+    layer: int
+    before: float
+    after: float
+    losses: list[float]
+
+
+class LayerTask:
+    """Kernels of one layer, its shards, and what the policy keeps at every step of every example."""
+
+    def __init__(self, folder: Path, layer_idx: int, options: TrainingOptions, kernels: LayerKernels, device: torch.device):
+        self.folder, self.layer_idx, self.options, self.kernels, self.device = folder, layer_idx, options, kernels, device
+        path = folder / "projection.safetensors"
+        self.projection = load_tensors(path, device)[0]["weight"] if path.exists() else None  # [hidden, h·d]
+        self.decodes = self._roll()
+
+    def shard(self, sequence: int) -> Shard:
+        return Shard.read(shard_path(self.folder, sequence), self.device)
+
+    @torch.no_grad()
+    def _roll(self) -> dict[tuple[int, int], Decode]:
+        """By sequence and example. Those of one prompt length and policy are rolled as one batch."""
+        groups = collections.defaultdict(list)
+        for sequence in range(self.options.sequences):
+            for index, example in enumerate(draw_examples(self.options, STAGE, sequence)):
+                groups[example.prompt_length, example.policy.name].append((sequence, index, example))
+        decodes = {}
+        for (p, _), members in groups.items():
+            for first in range(0, len(members), ROLLED_AT_ONCE):
+                chunk = members[first : first + ROLLED_AT_ONCE]
+                shards = [self.shard(sequence) for sequence, _, _ in chunk]
+                decoded = [shard.decoded[index] for shard, (_, index, _) in zip(shards, chunk, strict=True)]
+                length = torch.full((1,), p, device=self.device)
+                counts = torch.cat([example.policy.resolve(length) for _, _, example in chunk])
+                rolled = roll(
+                    chunk[0][2].policy,  # what differs between the policies of a chunk is in `counts`
+                    torch.stack([each.queries for each in decoded]),
+                    torch.stack([shard.keys[:, : p + self.options.decoded] for shard in shards]),
+                    torch.stack([each.scores for each in decoded]),
+                    counts.T[:, :, None, None],
+                    shards[0].scaling,
+                    shards[0].softcap,
+                    shards[0].sinks,
+                )
+                for (sequence, index, _), decode in zip(chunk, rolled.split(1), strict=True):
+                    decodes[sequence, index] = decode
+        return decodes
+
+    def losses(self, sequence: int) -> list[torch.Tensor]:
+        """Share of the policy's error left, for each example of a sequence."""
+        shard = self.shard(sequence)
+        losses = []
+        for index, decoded in enumerate(shard.decoded):
+            decode = self.decodes[sequence, index]
+            p = decode.keep.shape[-1]
+            queries, target = decoded.queries[None], decoded.outputs[None].float()
+            keys, values = (states[None, :, : p + queries.shape[2]] for states in (shard.keys, shard.values))
+            with torch.no_grad():
+                logits = attention_logits(queries, columns(keys, decode.order, p), decode.visible, shard.scaling, shard.softcap)
+                alone = self._projected(attend(decode, queries, keys, values, None, logits, shard.sinks) - target)
+            error = self._projected(attend(decode, queries, keys, values, self.kernels, logits, shard.sinks) - target)
+            losses.append(error.square().mean() / alone.square().mean().clamp_min(1e-12))
+        return losses
+
+    def _projected(self, error: torch.Tensor) -> torch.Tensor:
+        """`[b, h, n, d]` through the output projection, without bias, in float32."""
+        if self.projection is None:
+            return error
+        return (error.transpose(1, 2).flatten(2).to(self.projection.dtype) @ self.projection.T).float()
+
+    @torch.no_grad()
+    def error_left(self, sequences: Sequence[int]) -> float:
+        losses = [loss.item() for sequence in sequences for loss in self.losses(sequence)]
+        return sum(losses) / len(losses)
+
+
+def train_layer(
+    folder: Path,
+    layer_idx: int,
+    options: TrainingOptions,
+    kernels: LayerKernels,
+    device: torch.device,
+    advance: Callable[[float], object] = lambda loss: None,
+) -> LayerRecord:
+    """Fit `kernels`, in place, to the shards in `folder`. A function of the shards, the options and `layer_idx`."""
+    kernels.to(device).requires_grad_(True)
+    kernels.reset_parameters(torch.Generator().manual_seed(options.seed * 1_000_003 + layer_idx))
+    task = LayerTask(folder, layer_idx, options, kernels, device)
+    held_out = range(options.sequences - options.held_out, options.sequences)
+    optimizer = torch.optim.Adam(kernels.parameters())
+    draw = random.Random(f"{options.seed}/layer/{layer_idx}")
+    before = task.error_left(held_out)
+    losses: list[float] = []
+    epoch: list[int] = []
+    for step in range(options.layerwise_steps):
+        if not epoch:
+            epoch = draw.sample(range(held_out.start), held_out.start)
+        for group in optimizer.param_groups:
+            group["lr"] = cosine(options.layerwise_learning_rate, step / options.layerwise_steps)
+        optimizer.zero_grad()
+        loss = torch.stack(task.losses(epoch.pop())).mean()
+        if not torch.isfinite(loss):
+            raise LESSError(
+                f"Layer {layer_idx}, step {step}: the loss is {loss.item()}. Finished layers are kept; "
+                "choose another output folder and a lower layerwise_learning_rate."
+            )
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(kernels.parameters(), 1.0)
+        optimizer.step()
+        losses.append(loss.item())
+        advance(losses[-1])
+    kernels.requires_grad_(False)
+    return LayerRecord(layer_idx, before, task.error_left(held_out), losses)
+
+
+def save_layer(path: Path, kernels: LayerKernels, record: LayerRecord) -> None:
+    save_tensors(path, kernels.state_dict(), {"record": json.dumps(dataclasses.asdict(record))})
+
+
+def load_layer(path: Path, kernels: LayerKernels) -> LayerRecord:
+    """Read a finished layer into `kernels`."""
+    tensors, metadata = load_tensors(path)
+    kernels.load_state_dict(tensors)
+    return LayerRecord(**json.loads(metadata["record"]))

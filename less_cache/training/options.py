@@ -1,0 +1,95 @@
+"""How to train, and what each sequence is used for."""
+
+import dataclasses
+import math
+import random
+
+from less_cache.errors import LESSError
+from less_cache.policies import EvictionPolicy, policy_class
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingOptions:
+    """How to train.
+
+    Args:
+        policies: Names in `POLICIES`; one is drawn for each prompt.
+        least_budget, most_budget: Tokens kept, as a fraction of the tokens seen; drawn log-uniformly for each prompt.
+        prompts: Prompt lengths.
+        prompts_per_sequence: How many of them are drawn for a sequence, which is as long as the longest needs.
+        decoded: Tokens decoded after each prompt.
+        sequences: Sequences captured for the first stage; one in eight is held out to measure it.
+        layerwise_steps: Steps a layer of the first stage, a sequence each: each layer matches its own dense output.
+        joint_steps: Steps of the second stage: all layers run under LESS, the model's output distribution is matched.
+        batch_size: Sequences a step of the second stage.
+        layerwise_learning_rate, joint_learning_rate: Adam's, at the start; falls to a tenth along a cosine.
+        rank, hidden_size: Sizes of the kernels.
+        seed: Of the initial weights and of every draw.
+        checkpoint_every: Steps between checkpoints of the second stage.
+    """
+
+    policies: tuple[str, ...] = ("h2o",)
+    least_budget: float = 0.02
+    most_budget: float = 0.2
+    prompts: tuple[int, ...] = (256, 512, 1024, 2048)
+    prompts_per_sequence: int = 3
+    decoded: int = 128
+    sequences: int = 24
+    layerwise_steps: int = 200
+    joint_steps: int = 100
+    batch_size: int = 2
+    layerwise_learning_rate: float = 2e-3
+    joint_learning_rate: float = 1e-3
+    rank: int = 8
+    hidden_size: int = 64
+    seed: int = 0
+    checkpoint_every: int = 10
+
+    def __post_init__(self) -> None:
+        for name in self.policies:
+            policy_class(name)
+        for name in ("policies", "prompts"):
+            if not getattr(self, name):
+                raise LESSError(f"TrainingOptions: expected at least one of {name}, got none.")
+        if not 0 < self.least_budget <= self.most_budget < 1:
+            raise LESSError(
+                "TrainingOptions: expected 0 < least_budget <= most_budget < 1, "
+                f"got {self.least_budget} and {self.most_budget}."
+            )
+        if self.sequences < 2 and self.layerwise_steps:
+            raise LESSError(f"TrainingOptions: expected 2 or more sequences, one to hold out, got {self.sequences}.")
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence."""
+        return max(self.prompts) + self.decoded
+
+    @property
+    def held_out(self) -> int:
+        """Captured sequences that measure the first stage."""
+        return max(1, self.sequences // 8)
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """One prompt to decode after: its length, and the policy with its token counts."""
+
+    prompt_length: int
+    policy: EvictionPolicy
+
+
+def draw_examples(options: TrainingOptions, stage: str, index: int) -> list[Example]:
+    """What sequence `index` of a stage is used for, shortest prompt first; a function of the seed and its arguments."""
+    draw = random.Random(f"{options.seed}/{stage}/{index}")
+    lengths = sorted(draw.sample(options.prompts, min(len(options.prompts), options.prompts_per_sequence)))
+    examples = []
+    for length in lengths:
+        fraction = math.exp(draw.uniform(math.log(options.least_budget), math.log(options.most_budget)))
+        budget = max(5, round(fraction * (length + options.decoded)))
+        examples.append(Example(length, policy_class(draw.choice(options.policies)).from_budget(budget)))
+    return examples
+
+
+def cosine(peak: float, done: float) -> float:
+    """A learning rate that falls from `peak` to a tenth of it as `done` goes from 0 to 1."""
+    return peak * (0.1 + 0.45 * (1 + math.cos(math.pi * done)))

@@ -1,0 +1,47 @@
+"""Several processes of one training run, started by `accelerate launch` or `torchrun`; or just one."""
+
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather
+
+T = TypeVar("T")
+
+
+class Processes:
+    """Shares work out over `accelerate`'s processes.
+
+    Args:
+        device: Where the model and all that is gathered are.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.state: Any = PartialState(cpu=device.type == "cpu")
+
+    @property
+    def is_first(self) -> bool:
+        return self.state.is_main_process
+
+    def share(self, work: Sequence[T]) -> list[T]:
+        """This process's part: every k-th item."""
+        return list(work[self.state.process_index :: self.state.num_processes])
+
+    def wait(self) -> None:
+        """Until all processes have come here."""
+        self.state.wait_for_everyone()
+
+    def sum_in_order(self, mine: Sequence[torch.Tensor], count: int, size: int) -> torch.Tensor:
+        """Sum of the `count` vectors `[size]` that all processes made of their shares, always in the order of the work."""
+        processes = self.state.num_processes
+        each = -(-count // processes)
+        stacked = torch.zeros(each, size, device=self.device)
+        for row, vector in enumerate(mine):
+            stacked[row] = vector
+        everyone = gather(stacked).view(processes, each, size) if processes > 1 else stacked.unsqueeze(0)
+        total = torch.zeros(size, device=self.device)
+        for item in range(count):
+            total += everyone[item % processes, item // processes]
+        return total

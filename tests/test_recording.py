@@ -1,0 +1,137 @@
+"""Giving tokens back: after `crop`, a layer is exactly as if they had never come."""
+
+from unittest import mock
+
+import pytest
+import tiny
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import cases
+
+from less_cache import CORM, H2O, POLICIES, LESSError, SinkRecent
+from less_cache.layer import PER_ROW, LESSLayer
+
+STEP_POLICIES = [H2O(2, 3), SinkRecent(2, 3), CORM(3, 2)]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small_blocks():
+    """Small inner blocks, so that a dozen tokens reach every path."""
+    with mock.patch.multiple("less_cache.layer", QUERY_BLOCK=3, SPARE_SLOTS=2):
+        yield
+
+
+def assert_equal_layers(layer: LESSLayer, other: LESSLayer) -> None:
+    """Equal bit by bit, but for the keys and values of empty slots."""
+    assert layer.cumulative_length == other.cumulative_length
+    if layer.cumulative_length == 0:
+        return
+    for name in set(PER_ROW) - {"keys", "values"}:
+        assert torch.equal(getattr(layer, name), getattr(other, name)), name
+    held = layer.positions >= 0
+    assert torch.equal(layer.keys[held], other.keys[held]) and torch.equal(layer.values[held], other.values[held])
+    if layer.state is not None:
+        assert torch.equal(layer.state.values_sum, other.state.values_sum)
+        assert torch.equal(layer.state.features_sum, other.state.features_sum)
+
+
+@pytest.mark.parametrize("padding", ["none", "left"])
+@pytest.mark.parametrize("name", POLICIES)
+@given(st.data())
+def test_crop_leaves_no_trace_of_rejected_tokens(name, padding, data):
+    """Blocks come, some of their tokens are given back; the rest are one first block and the steps after it."""
+    case = data.draw(cases(name, padding=padding, fractions=True))
+    real = case.real_tokens()
+    layer, accepted, first, start = case.layer(), [], 0, 0
+    layer.activate_past_recording()
+    for n in case.blocks:
+        block = list(range(start, start + n))
+        states = (states[:, :, block] for states in case.states)
+        tiny.feed(layer, *states, [n], real[:, accepted + block] if padding == "left" else None)
+        first = first or n
+        start += n
+        accepted += block
+        if recorded := data.draw(st.booleans()) and layer._recording.num_tokens:
+            rejected = data.draw(st.integers(0, recorded))
+            layer.crop(-rejected)
+            accepted = accepted[: len(accepted) - rejected]
+            first = min(first, len(accepted))
+    fresh = case.layer()
+    if accepted:
+        states = (states[:, :, accepted] for states in case.states)
+        blocks = [first] + [1] * (len(accepted) - first)
+        tiny.feed(fresh, *states, blocks, real[:, accepted] if padding == "left" else None)
+    assert_equal_layers(layer, fresh)
+
+
+@pytest.mark.parametrize("policy", STEP_POLICIES)
+def test_a_recorded_block_is_the_sequence_of_its_steps(policy):
+    states = tiny.random_states(2, 4, 2, 20, 4)
+    kernels = tiny.layer_kernels(4, 2, 4)
+    recorded, stepwise = LESSLayer(policy, kernels, 0), LESSLayer(policy, kernels, 0)
+    recorded.activate_past_recording()
+    outputs = tiny.feed(recorded, *states, [8, 5, 1, 6]), tiny.feed(stepwise, *states, [8] + [1] * 12)
+    assert torch.equal(*outputs)
+    assert_equal_layers(recorded, stepwise)
+
+
+def test_recording_costs_nothing_between_a_crop_and_the_next_block():
+    layer = LESSLayer(STEP_POLICIES[0], None, 0)
+    layer.activate_past_recording()
+    tiny.feed(layer, *tiny.random_states(1, 2, 1, 8, 4), [8])
+    assert layer._recording is not None
+    layer.crop(0)
+    assert layer._recording is None
+
+
+def test_recording_ends_where_nobody_crops(monkeypatch):
+    monkeypatch.setattr("less_cache.layer.REACH", 6)
+    layer = LESSLayer(STEP_POLICIES[0], None, 0)
+    layer.activate_past_recording()
+    tiny.feed(layer, *tiny.random_states(1, 2, 1, 13, 4), [8, 1, 1, 3])
+    layer.crop(-5)
+    tiny.feed(layer, *tiny.random_states(1, 2, 1, 12, 4), [1] * 12)
+    assert not layer.record_past
+    with pytest.raises(LESSError, match="goes back further than the 0 tokens"):
+        layer.crop(-1)
+
+
+def test_recording_stops_when_the_flag_is_cleared():
+    """As transformers does when it hands a cache back."""
+    layer = LESSLayer(STEP_POLICIES[0], None, 0)
+    layer.activate_past_recording()
+    tiny.feed(layer, *tiny.random_states(1, 2, 1, 8, 4), [8])
+    layer.record_past = False
+    tiny.feed(layer, *tiny.random_states(1, 2, 1, 1, 4), [1])
+    assert layer._recording is None
+
+
+@pytest.mark.parametrize("policy", STEP_POLICIES)
+def test_reordered_rows_cannot_be_cropped(policy):
+    layer = LESSLayer(policy, None, 0)
+    layer.activate_past_recording()
+    tiny.feed(layer, *tiny.random_states(2, 2, 1, 8, 4), [8])
+    layer.reorder_cache(torch.tensor([1, 0]))
+    with pytest.raises(LESSError, match="the 0 tokens that are recorded"):
+        layer.crop(-1)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        (-4, r"crop\(-4\) goes back further than the 3 tokens that are recorded.*activate_past_recording"),
+        (2, "expected 0 or minus the number of tokens to remove, got 2"),
+    ],
+)
+def test_impossible_crops_change_nothing(tokens, message):
+    layer, other = (LESSLayer(STEP_POLICIES[0], tiny.layer_kernels(2, 1, 4), 3) for _ in range(2))
+    states = tiny.random_states(1, 2, 1, 11, 4)
+    tiny.feed(layer, *(each[:, :, :8] for each in states), [8])
+    layer.activate_past_recording()
+    tiny.feed(layer, *(each[:, :, 8:] for each in states), [3])
+    with pytest.raises(LESSError, match=message):
+        layer.crop(tokens)
+    layer.crop(-3)
+    tiny.feed(other, *(each[:, :, :8] for each in states), [8])
+    assert_equal_layers(layer, other)
