@@ -51,10 +51,18 @@ def test_dry_run_sends_nothing(hub, folder):
 
 
 def test_info(folder):
+    change_config(folder, metrics={"prose": {"results": 5}, "\x1b[31m": "\x1b[2J"})  # a stranger's words
     result = run("info", folder)
-    assert result.exit_code == 0
-    for said in ("org/tiny (llama)", "2 of 2: 4 query heads", "rank 2, hidden size 4, float32", "prose: less, 2.00 MB"):
+    assert result.exit_code == 0, result.output
+    for said in (
+        'base_model: "org/tiny"',
+        "rank: 2",
+        "weights: float32, 0.0 MB",
+        '"prose": {"results": 5}',
+        f"folder: {folder}",
+    ):
         assert said in result.stdout
+    assert "\x1b" not in result.stdout
 
 
 def test_verify(folder, model):  # noqa: F811

@@ -2,6 +2,7 @@
 
 import json
 
+import huggingface_hub
 import pytest
 import tiny
 import torch
@@ -143,6 +144,8 @@ def render(**options) -> str:
 
 
 def test_card_is_valid_by_the_hub_s_own_validation(hub):
+    if huggingface_hub.__version__ < "2":
+        pytest.skip("the old client validates on the public Hub only")
     ModelCard(render(license="apache-2.0")).validate()
     with pytest.raises(ValueError):
         ModelCard("---\nbase_model: /local\n---\n").validate()

@@ -1,5 +1,6 @@
 """What `less-cache pull`, `push`, `info`, `verify` and `card` do."""
 
+import dataclasses
 import io
 import json
 from pathlib import Path
@@ -36,25 +37,13 @@ def push(folder: Path, repo_id: str, revision: str | None, private: bool, licens
 
 
 def info(name: str, revision: str | None) -> None:
-    """Print what kernels say about themselves."""
-    folder = client.find(name, revision)
-    config = files.read_config(folder)
-    heads = f"{config.num_attention_heads} query heads, {config.num_key_value_heads} KV heads of {config.head_dim}"
-    lines = {
-        "folder": folder,
-        "base model": f"{config.base_model} ({config.model_type}), fingerprint {config.base_model_fingerprint}",
-        "layers": f"{len(config.layers or [])} of {config.num_hidden_layers}: {heads}",
-        "sizes": f"rank {config.rank}, hidden size {config.hidden_size}, {files.describe(folder)}",
-        "policy": config.policy,
-        "training": config.training,
-        "sha256": config.sha256,
-        "written by": f"less-cache {config.less_cache_version}, format {config.format_version}",
-    }
-    for label, text in lines.items():
-        print(f"{label:<12}{text}")
-    for label, report in card.reports(config).items():
-        for row in (row for rows in report["results"] for row in rows):
-            print(f"{'':<12}{label}: {row['cache']}, {row['bytes'] / 1e6:.2f} MB, perplexity {row['perplexity']:.2f}")
+    """Print what kernels say about themselves, as JSON: the words are those of whoever published them."""
+    kernels = LESSKernels.from_pretrained(name, revision=revision)
+    folder = Path(kernels.source or "")
+    print(f"folder: {folder}")
+    print(f"weights: {files.describe(folder)}")
+    for key, value in dataclasses.asdict(kernels.config).items():
+        print(f"{key}: {json.dumps(value)}")
 
 
 def verify(name: str, revision: str | None, model_name: str | None) -> None:
