@@ -1,12 +1,10 @@
-"""Attention over kept tokens and the low-rank state.
+"""Attention over kept tokens and the state of the evicted ones.
 
 Axes: `b` batch, `h` query heads, `g` KV heads, `s` = h / g query heads per KV head, `n` queries, `c` cache columns,
 `d` head dim, `r` rank. Query heads g·s … g·s + s − 1 share KV head g.
 """
 
 import torch
-
-from less_cache.state import LowRankState
 
 LOWEST = torch.finfo(torch.float32).min  # a log of 0 that softmax survives where a whole row has it
 
@@ -53,23 +51,22 @@ def sparse_softmax(logits: torch.Tensor, sinks: torch.Tensor | None = None) -> t
     return weights / mass, largest + mass.log()
 
 
-def add_low_rank(
-    sparse_output: torch.Tensor, log_sum: torch.Tensor, query_features: torch.Tensor, state: LowRankState
+def add_virtual_tokens(
+    sparse_output: torch.Tensor, log_sum: torch.Tensor, logits: torch.Tensor, values: torch.Tensor
 ) -> torch.Tensor:
-    """Merge the state's virtual tokens into attention over the kept tokens, exactly:
+    """Merge the state's virtual tokens into attention over the kept tokens, as one softmax over both kinds of column.
+
+    With the low-rank state's logits log φ_r(q) + log z_r and values H_r / z_r this is, exactly,
 
         out = ( φ(q) H + Σ_{i kept} e^{l_i} v_i ) / ( φ(q) z + Σ_{i kept} e^{l_i} )
 
-    as one softmax over both kinds of column. `sparse_output`: `[b, g, s, n, d]`, `log_sum`: log Σ e^{l_i},
-    `[b, g, s, n, 1]`, `query_features`: φ(q), `[b, h, n, r]`.
+    `sparse_output`: `[b, g, s, n, d]`, `log_sum`: log Σ e^{l_i}, `[b, g, s, n, 1]`, `logits`: `[b, g, s, n, r]`,
+    `values`: `[b, g, r, d]`.
     """
-    mass = group_heads(query_features, state.features_sum.shape[1])  # [b, g, s, n, r]
-    logits = (mass.log() + state.features_sum[:, :, None, None].log()).clamp_min(LOWEST)
-    low_rank_log_sum = logits.logsumexp(dim=-1, keepdim=True)
-    virtual_values = state.virtual_values()[:, :, None]  # [b, g, 1, r, d]
-    low_rank_output = logits.softmax(dim=-1) @ virtual_values
-    share = torch.sigmoid(low_rank_log_sum - log_sum)
-    return torch.lerp(sparse_output, low_rank_output, share)
+    virtual_log_sum = logits.logsumexp(dim=-1, keepdim=True)
+    virtual_output = logits.softmax(dim=-1) @ values[:, :, None]
+    share = torch.sigmoid(virtual_log_sum - log_sum)
+    return torch.lerp(sparse_output, virtual_output, share)
 
 
 def less_attention(
@@ -80,18 +77,18 @@ def less_attention(
     scaling: float,
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
-    query_features: torch.Tensor | None = None,
-    state: LowRankState | None = None,
+    virtual_tokens: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention output `[b, h, n, d]` in the values' dtype, and the sparse weights `[b, g, s, n, c]` in float32.
 
-    Without `state` the output is plain attention over the visible columns. At least one column must be visible to
-    every query. Shapes as in `attention_logits`; `value_states`: `[b, g, c, d]`.
+    `virtual_tokens`: logits and values of `LayerMemory.virtual_tokens`; without them the output is plain attention over
+    the visible columns. At least one column must be visible to every query. Shapes as in `attention_logits`;
+    `value_states`: `[b, g, c, d]`.
     """
     logits = attention_logits(query_states, key_states, visible, scaling, softcap)
     weights, log_sum = sparse_softmax(logits, sinks)
     b, g, s, n, c = weights.shape
     output = (weights.view(b, g, s * n, c) @ value_states.float()).view(b, g, s, n, -1)
-    if state is not None and query_features is not None:
-        output = add_low_rank(output, log_sum, query_features, state)
+    if virtual_tokens is not None:
+        output = add_virtual_tokens(output, log_sum, *virtual_tokens)
     return output.flatten(1, 2).to(value_states.dtype), weights

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import torch
 from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from less_cache import hook, snapshot
 from less_cache.errors import LESSError
-from less_cache.families import Geometry, check_supported, fingerprint, geometry
+from less_cache.families import Geometry, check_supported, fingerprint, full_attention_layers, geometry
 from less_cache.kernels import LESSKernels
 from less_cache.layer import LESSLayer
 from less_cache.policies import H2O, EvictionPolicy, policy_class, policy_from_dict
@@ -108,7 +108,7 @@ class LESSCache(Cache):
         check_supported(config, loaded_model)
 
         layers = list(DynamicCache(config=config).layers)
-        full_attention = [index for index, layer in enumerate(layers) if type(layer) is DynamicLayer]
+        full_attention = full_attention_layers(config)
         if not full_attention:
             raise LESSError(
                 f"LESSCache: {config.model_type!r} has no full-attention layer to compress: its cache is already bounded. "
@@ -290,7 +290,7 @@ class LESSCache(Cache):
                 continue
             bookkeeping += _bytes(layer.positions, layer.scores, layer.seen, layer.counts, layer.settled)
             if layer.state is not None:
-                low_rank_state += _bytes(layer.state.values_sum, layer.state.features_sum)
+                low_rank_state += _bytes(*vars(layer.state).values())
             if keys is not None and values is not None:
                 full_cache += _bytes(keys[:, :, :1], values[:, :, :1]) * layer.cumulative_length
         return MemoryFootprint(keys_values, low_rank_state, bookkeeping, full_cache)

@@ -5,7 +5,8 @@ import hashlib
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 
 from less_cache.errors import LESSError
 
@@ -55,6 +56,11 @@ def geometry(config: PreTrainedConfig) -> Geometry:
         ) from error
     head_dim = head_dim or config.hidden_size // num_attention_heads
     return Geometry(config.num_hidden_layers, num_attention_heads, num_key_value_heads, head_dim)
+
+
+def full_attention_layers(config: PreTrainedConfig) -> list[int]:
+    """Indices of the layers that a LESSCache compresses."""
+    return [index for index, layer in enumerate(DynamicCache(config=config).layers) if type(layer) is DynamicLayer]
 
 
 def check_supported(config: PreTrainedConfig, model: PreTrainedModel | None = None) -> None:

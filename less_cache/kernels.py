@@ -3,21 +3,28 @@
 Axes: `b` batch, `h` query heads, `g` KV heads, `n` tokens, `d` head dim, `m` hidden size, `r` rank.
 """
 
+import dataclasses
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.functional import gelu
+from transformers import PreTrainedConfig, PreTrainedModel
 
+from less_cache.centroids import LayerCentroids
 from less_cache.config import LESSConfig
 from less_cache.errors import LESSError
+from less_cache.families import full_attention_layers, geometry
 from less_cache.hub import client, files, publish
+from less_cache.memory import LayerMemory
+from less_cache.state import LowRankState
 
 
-class LayerKernels(nn.Module):
+class LayerKernels(LayerMemory):
     """φ and ψ of one layer: one φ per query head, one ψ per KV head; float32, no bias, g is GELU.
 
         φ(q) = | g( g(q W_φ1) W_φ2 ) |
@@ -78,6 +85,17 @@ class LayerKernels(nn.Module):
         u = self.key_scale.abs().unsqueeze(1) * gelu(gelu(key_states.float() @ self.key_in) @ self.key_out)
         return (u + self.mix_scale.unsqueeze(1) * (u @ self.key_mix)).abs()
 
+    def empty_state(self, batch: int, num_key_value_heads: int, head_dim: int, device: torch.device) -> LowRankState:
+        return LowRankState.empty(batch, num_key_value_heads, self.rank, head_dim, device)
+
+    def fold_in(self, state: LowRankState, key_states: torch.Tensor, value_states: torch.Tensor, leaves: torch.Tensor) -> None:
+        state.fold_in(self.key_features(key_states) * leaves.unsqueeze(-1), value_states)
+
+    def virtual_tokens(
+        self, state: LowRankState, query_states: torch.Tensor, scaling: float, softcap: float | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return state.virtual_tokens(self.query_features(query_states))
+
     @property
     def rank(self) -> int:
         return self.query_out.shape[-1]
@@ -107,10 +125,34 @@ class LESSKernels(nn.Module):
         )
         self.requires_grad_(False)
 
-    def for_layer(self, layer_idx: int) -> LayerKernels | None:
+    @classmethod
+    def untrained(cls, model: PreTrainedModel | PreTrainedConfig, rank: int = 8) -> "LESSKernels":
+        """A state for a model that nobody has trained kernels for: `LayerCentroids`, of the bytes of rank `rank`."""
+        config = model if isinstance(model, PreTrainedConfig) else model.config
+        if rank < 2 or rank % 2:
+            raise LESSError(
+                f"LESSKernels.untrained: expected an even rank (a centroid takes the bytes of two rows), got {rank}."
+            )
+        described = LESSConfig(
+            **dataclasses.asdict(geometry(config)),
+            rank=rank,
+            layers=full_attention_layers(config),
+            model_type=config.get_text_config(decoder=True).model_type,
+        )
+        with torch.device("meta"):
+            kernels = cls(described)
+        kernels.layers = nn.ModuleDict({name: LayerCentroids(rank // 2) for name in kernels.layers})
+        return kernels
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether there is anything to save."""
+        return any(True for _ in self.parameters())
+
+    def for_layer(self, layer_idx: int) -> Any:
         """The kernels of a layer, or None where it has none."""
         key = str(layer_idx)
-        return self.layers[key] if key in self.layers else None  # type: ignore[return-value]
+        return self.layers[key] if key in self.layers else None
 
     def save_pretrained(self, folder: str | os.PathLike, dtype: torch.dtype = torch.float32) -> None:
         """Write `less_config.json` and `less_kernels.safetensors` into `folder`, each in one atomic step.
@@ -119,6 +161,8 @@ class LESSKernels(nn.Module):
             folder: Made where it does not exist.
             dtype: What the file stores: float32, float16 or bfloat16. Kernels compute in float32 in any case.
         """
+        if not self.is_trained:
+            raise LESSError("Untrained kernels hold nothing to save: LESSKernels.untrained(model) makes them anywhere.")
         files.write(Path(folder), self.config, {name: tensor.detach() for name, tensor in self.state_dict().items()}, dtype)
 
     def push_to_hub(

@@ -5,7 +5,9 @@ Axes: `b` batch, `h` query heads, `g` KV heads, `s` = h / g, `n` new tokens, `c`
 """
 
 import copy
+import dataclasses
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from transformers.cache_utils import CacheLayerMixin
@@ -14,10 +16,9 @@ from less_cache import hook
 from less_cache.attention import attention_logits, less_attention, sparse_softmax
 from less_cache.call import AttentionCall
 from less_cache.errors import LESSError
-from less_cache.kernels import LayerKernels
+from less_cache.memory import LayerMemory
 from less_cache.policies import EvictionPolicy
 from less_cache.recording import Recording
-from less_cache.state import LowRankState
 
 QUERY_BLOCK = 256  # queries attended at once in a block: memory is O(QUERY_BLOCK · columns)
 SPARE_SLOTS = 64  # a policy without a budget gets this many free slots at a time
@@ -47,7 +48,7 @@ class LESSLayer(CacheLayerMixin):
     is_compileable = False
     supports_early_init = False
 
-    def __init__(self, policy: EvictionPolicy, kernels: LayerKernels | None, layer_idx: int, leads: bool = True):
+    def __init__(self, policy: EvictionPolicy, kernels: LayerMemory | None, layer_idx: int, leads: bool = True):
         super().__init__()
         self.leads = leads  # checks what is the same for all layers of a cache, which may wait for the device
         self.policy = policy
@@ -65,7 +66,7 @@ class LESSLayer(CacheLayerMixin):
         self.seen: torch.Tensor | None = None  # [b] int64, real tokens
         self.counts: torch.Tensor | None = None  # [b, f] int64, the policy's token counts
         self.settled: torch.Tensor | None = None  # [b] bool, a token came alone: the prompt is over, counts stay
-        self.state: LowRankState | None = None
+        self.state: Any = None  # a dataclass of tensors, whatever the kernels keep evicted tokens in
         self.cumulative_length = 0
         self.is_initialized = False
         self._awaiting_attention = False
@@ -86,9 +87,8 @@ class LESSLayer(CacheLayerMixin):
         self.seen = torch.zeros(b, dtype=torch.long, device=self.device)
         self.settled = torch.zeros(b, dtype=torch.bool, device=self.device)
         if self.kernels is not None:
-            if self.kernels.query_in.device != self.device:
-                self.kernels = copy.deepcopy(self.kernels).to(self.device)
-            self.state = LowRankState.empty(b, g, self.kernels.rank, value_states.shape[-1], self.device)
+            self.kernels = self.kernels.on(self.device)
+            self.state = self.kernels.empty_state(b, g, value_states.shape[-1], self.device)
         self.is_initialized = True
 
     def update(
@@ -180,7 +180,7 @@ class LESSLayer(CacheLayerMixin):
         """All that is kept of the sequences, by name; every tensor has the batch as its first dimension."""
         tensors = {name: getattr(self, name) for name in PER_ROW}
         if self.state is not None:
-            tensors |= {"values_sum": self.state.values_sum, "features_sum": self.state.features_sum}
+            tensors |= vars(self.state)
         return {name: rows for name, rows in tensors.items() if rows is not None}
 
     def set_tensors(self, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -188,7 +188,7 @@ class LESSLayer(CacheLayerMixin):
         for name in PER_ROW:
             setattr(self, name, tensors.get(name))
         if self.state is not None:
-            self.state = LowRankState(tensors["values_sum"], tensors["features_sum"])
+            self.state = dataclasses.replace(self.state, **{name: tensors[name] for name in vars(self.state)})
 
     @torch.inference_mode(False)
     def _map_rows(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
@@ -346,8 +346,7 @@ class LESSLayer(CacheLayerMixin):
             call.scaling,
             call.softcap,
             call.sinks,
-            self.kernels.query_features(call.query_states) if self.kernels is not None else None,
-            self.state,
+            self._virtual_tokens(call.query_states, call),
         )
         query_positions = self.seen.unsqueeze(-1)  # [b, 1]
         self._settle(1 if real is None else real.sum(-1))
@@ -390,7 +389,13 @@ class LESSLayer(CacheLayerMixin):
         index = slots.unsqueeze(-1)
         keys = self.keys.gather(2, index.expand(*slots.shape, self.keys.shape[-1]))
         values = self.values.gather(2, index.expand(*slots.shape, self.values.shape[-1]))
-        self.state.fold_in(self.kernels.key_features(keys) * leaves.unsqueeze(-1), values)
+        self.kernels.fold_in(self.state, keys, values, leaves)
+
+    def _virtual_tokens(self, query_states: torch.Tensor, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """The state as columns for some of the call's queries."""
+        if self.state is None:
+            return None
+        return self.kernels.virtual_tokens(self.state, query_states, call.scaling, call.softcap)
 
     def _block(self, call: AttentionCall) -> torch.Tensor | None:
         """Several tokens: causal attention to the kept, the state and themselves, then one selection.
@@ -430,11 +435,8 @@ class LESSLayer(CacheLayerMixin):
             if is_first:
                 weights, _ = sparse_softmax(attention_logits(queries, row_keys, visible, scaling, softcap), sinks)
             else:
-                features = self.kernels.query_features(queries) if self.kernels is not None else None
-                row_values = values[:, :, seen_columns]
-                output, weights = less_attention(
-                    queries, row_keys, row_values, visible, scaling, softcap, sinks, features, self.state
-                )
+                row_values, virtual = values[:, :, seen_columns], self._virtual_tokens(queries, call)
+                output, weights = less_attention(queries, row_keys, row_values, visible, scaling, softcap, sinks, virtual)
                 outputs.append(output)
             late = max(n - observed - start, 0)  # rows of this block that the policy does not ask for
             if late < queries.shape[2]:
@@ -449,7 +451,7 @@ class LESSLayer(CacheLayerMixin):
         keep = self.policy.keep(scores, positions, seen.view(b, 1, 1), counts)
         if self.state is not None:
             leaves = (positions >= 0) & ~keep
-            self.state.fold_in(self.kernels.key_features(keys) * leaves.unsqueeze(-1), values)
+            self.kernels.fold_in(self.state, keys, values, leaves)
         capacity = self.policy.capacity(counts)
         held = int(keep.sum(dim=-1).max())
         slots = held + SPARE_SLOTS if capacity is None else int(capacity.max()) + 1

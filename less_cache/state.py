@@ -7,6 +7,8 @@ import dataclasses
 
 import torch
 
+from less_cache.attention import LOWEST, group_heads
+
 
 @dataclasses.dataclass
 class LowRankState:
@@ -36,6 +38,12 @@ class LowRankState:
         """Add evicted pairs in place: ψ(k) `[b, g, m, r]`, 0 where nothing is evicted, and v `[b, g, m, d]`."""
         self.values_sum += key_features.transpose(-1, -2) @ values.float()
         self.features_sum += key_features.sum(dim=-2)
+
+    def virtual_tokens(self, query_features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The rows as virtual tokens: logits `[b, g, s, n, r]` for φ(q) `[b, h, n, r]`, and values `[b, g, r, d]`."""
+        mass = group_heads(query_features, self.features_sum.shape[1])  # [b, g, s, n, r]
+        logits = (mass.log() + self.features_sum[:, :, None, None].log()).clamp_min(LOWEST)
+        return logits, self.virtual_values()
 
     def virtual_values(self) -> torch.Tensor:
         """H_r / z_r, `[b, g, r, d]`; 0 where z_r is 0."""

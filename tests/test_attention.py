@@ -67,7 +67,8 @@ def formula(query_states, key_states, value_states, visible, scaling, softcap, s
 def test_virtual_tokens_equal_the_formula(drawn, softcap, with_sinks, scaling):
     query_states, key_states, value_states, visible, query_features, state = drawn
     sinks = torch.linspace(-2, 3, query_states.shape[1]) if with_sinks else None
-    output, _ = less_attention(query_states, key_states, value_states, visible, scaling, softcap, sinks, query_features, state)
+    virtual = state.virtual_tokens(query_features)
+    output, _ = less_attention(query_states, key_states, value_states, visible, scaling, softcap, sinks, virtual)
     expected = formula(query_states, key_states, value_states, visible, scaling, softcap, sinks, query_features, state)
     torch.testing.assert_close(output.double(), expected, rtol=2e-5, atol=2e-5)
 
@@ -77,7 +78,7 @@ def test_virtual_tokens_equal_the_formula(drawn, softcap, with_sinks, scaling):
 def test_weights_are_the_softmax_over_the_kept_tokens_alone(drawn):
     query_states, key_states, value_states, visible, query_features, state = drawn
     shared = query_states, key_states, value_states, visible, 0.5
-    _, weights = less_attention(*shared, query_features=query_features, state=state)  # [b, g, s, n, c]
+    _, weights = less_attention(*shared, virtual_tokens=state.virtual_tokens(query_features))  # [b, g, s, n, c]
     _, without_state = less_attention(*shared)
     assert torch.equal(weights, without_state)
     torch.testing.assert_close(weights.sum(dim=-1), torch.ones(weights.shape[:-1]))
@@ -103,7 +104,7 @@ def test_a_state_without_mass_changes_nothing(query_features, features_sum):
     z = torch.tensor(features_sum).view(1, 1, 2)
     state = LowRankState(values_sum=z.unsqueeze(-1) * 1e6, features_sum=z)
     shared = query, key, value, torch.ones(3, 3).tril().bool().view(1, 1, 3, 3), 1.0
-    output, _ = less_attention(*shared, query_features=torch.tensor(query_features).expand(1, 1, 3, 2), state=state)
+    output, _ = less_attention(*shared, virtual_tokens=state.virtual_tokens(torch.tensor(query_features).expand(1, 1, 3, 2)))
     plain, _ = less_attention(*shared)
     assert torch.equal(output, plain)
 
@@ -112,7 +113,7 @@ def test_a_query_that_sees_only_weak_keys_reads_the_state():
     state = LowRankState(values_sum=torch.full((1, 1, 1, 2), 6.0), features_sum=torch.full((1, 1, 1), 2.0))
     query, key, value = torch.full((1, 1, 1, 2), -50.0), torch.ones(1, 1, 1, 2), torch.ones(1, 1, 1, 2)
     output, _ = less_attention(
-        query, key, value, torch.ones(1, 1, 1, 1).bool(), 1.0, query_features=torch.ones(1, 1, 1, 1), state=state
+        query, key, value, torch.ones(1, 1, 1, 1).bool(), 1.0, virtual_tokens=state.virtual_tokens(torch.ones(1, 1, 1, 1))
     )
     torch.testing.assert_close(output, torch.full((1, 1, 1, 2), 3.0))
 

@@ -64,7 +64,7 @@ def test_train_then_evaluate(model, text, tmp_path):
     result = run("eval", "perplexity", model, "--data", text, "--kernels", tmp_path / "kernels", *budgets, *lengths)
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout.splitlines()[-1])
-    assert [row["cache"] for row in report["results"][0]] == ["full", "policy", "baseline+", "less"]
+    assert [row["cache"] for row in report["results"][0]] == ["full", "policy", "baseline+", "baseline+", "untrained", "less"]
     assert report["results"][1][1]["policy"] == {"name": "h2o", "heavy": 6, "recent": 6}
 
 

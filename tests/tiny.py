@@ -6,10 +6,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from less_cache import LESSConfig, LESSKernels
-from less_cache.families import fingerprint, geometry
+from less_cache.families import fingerprint, full_attention_layers, geometry
 from less_cache.kernels import LayerKernels
 from less_cache.layer import LESSLayer
-from less_cache.training.layers import full_attention_layers
 
 VOCAB = 97
 

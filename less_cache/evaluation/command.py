@@ -43,7 +43,7 @@ def run(
     results = []
     for policy in policies:
         with Progress(console=console, transient=True) as progress:
-            caches = 4 if kernels is not None else 2
+            caches = 3 + len(dataclasses.fields(policy)) + (kernels is not None)
             task = progress.add_task(str(policy), total=caches * batches)
             advance = functools.partial(progress.advance, task)
             rows = measure(model, tokens, policy, kernels, prompt_length, batch_size, advance)
@@ -74,5 +74,8 @@ def table(title: str, rows: list[Measurement]) -> Table:
         result.add_column(name, justify="right")
     for row in rows:
         recovered = "" if row.gap_recovered is None else f"{row.gap_recovered:.0%}"
-        result.add_row(row.cache, f"{row.bytes:,.0f}", f"{row.perplexity:.2f}", recovered)
+        name = row.cache
+        if name == "baseline+" and row.policy is not None:
+            name += f" ({', '.join(str(count) for count in list(row.policy.values())[1:])})"
+        result.add_row(name, f"{row.bytes:,.0f}", f"{row.perplexity:.2f}", recovered)
     return result

@@ -23,7 +23,8 @@ class Measurement:
     """One cache on one text.
 
     Args:
-        cache: `full`, `policy`, `baseline+` (the policy with the state's bytes as more tokens) or `less`.
+        cache: `full`, `policy`, `baseline+` (the policy with the state's bytes as more tokens), `untrained` (the policy with
+            `LESSKernels.untrained`) or `less`.
         policy: The policy's JSON form; None for the full cache.
         perplexity: exp of the mean negative log-likelihood of the decoded tokens, nats.
         bytes: Held by the cache after the last token, mean over sequences.
@@ -59,44 +60,47 @@ def measure(
     batch_size: int = 8,
     advance: Callable[[], object] = lambda: None,
 ) -> list[Measurement]:
-    """Full cache, policy alone, baseline+ and LESS on `tokens` `[count, p + n]`: one run, same text.
+    """Every cache at the policy's size on `tokens` `[count, p + n]`: one run, same text.
 
-    `advance` is called after each batch of each cache.
+    Full cache, policy alone, baseline+ once for each count of the policy that could grow, the untrained state, and LESS
+    where there are kernels. `advance` is called after each batch of each cache.
     """
 
-    def run(make: Callable[[], Cache]) -> tuple[float, float]:
-        return _perplexity(model, tokens, make, prompt_length, batch_size, advance)
+    def run(name: str, make: Callable[[], Cache], used: EvictionPolicy | None) -> Measurement:
+        perplexity, held = _perplexity(model, tokens, make, prompt_length, batch_size, advance)
+        return Measurement(name, used.to_dict() if used is not None else None, perplexity, held)
 
-    full, full_bytes = run(lambda: DynamicCache(config=model.config))
-    sparse, sparse_bytes = run(lambda: LESSCache(model.config, policy=policy))
+    def less(used: EvictionPolicy, state: LESSKernels | None) -> Callable[[], Cache]:
+        return lambda: LESSCache(model.config, policy=used, kernels=state)
+
+    untrained = LESSKernels.untrained(model)
     rows = [
-        Measurement("full", None, full, full_bytes),
-        Measurement("policy", policy.to_dict(), sparse, sparse_bytes),
+        run("full", lambda: DynamicCache(config=model.config), None),
+        run("policy", less(policy, None), policy),
     ]
-    if kernels is None:
-        return rows
-    larger = with_state_bytes(policy, kernels, model.dtype.itemsize)
-    for name, make in (
-        ("baseline+", lambda: LESSCache(model.config, policy=larger)),
-        ("less", lambda: LESSCache(model.config, policy=policy, kernels=kernels)),
-    ):
-        perplexity, held = run(make)
-        used = larger if name == "baseline+" else policy
-        rows.append(Measurement(name, used.to_dict(), perplexity, held, (sparse - perplexity) / (sparse - full)))
+    for field in dataclasses.fields(policy):
+        larger = with_state_bytes(policy, kernels or untrained, model.dtype.itemsize, field.name)
+        rows.append(run("baseline+", less(larger, None), larger))
+    rows.append(run("untrained", less(policy, untrained), policy))
+    if kernels is not None:
+        rows.append(run("less", less(policy, kernels), policy))
+    lost = rows[1].perplexity - rows[0].perplexity
+    if lost > 0:
+        won = [rows[1].perplexity - row.perplexity for row in rows[2:]]
+        rows[2:] = [dataclasses.replace(row, gap_recovered=part / lost) for row, part in zip(rows[2:], won, strict=True)]
     return rows
 
 
-def with_state_bytes(policy: EvictionPolicy, kernels: LESSKernels, itemsize: int) -> EvictionPolicy:
+def with_state_bytes(policy: EvictionPolicy, kernels: LESSKernels, itemsize: int, count: str = "recent") -> EvictionPolicy:
     """The policy with as many more tokens as the low-rank state's bytes would hold, rounded up.
 
-    The state takes 4 (R·d + R) bytes a KV head, a token 2·d·itemsize. The policy's last count, `recent`, grows.
+    The state takes 4 (R·d + R) bytes a KV head, a token 2·d·itemsize. `count`: which of the policy's counts grows.
     """
     if policy.is_fractional:
         raise LESSError(f"Expected token counts, got fractions: {policy}.")
     config = kernels.config
     tokens = math.ceil(4 * config.rank * (config.head_dim + 1) / (2 * config.head_dim * itemsize))
-    last = dataclasses.fields(policy)[-1].name
-    return dataclasses.replace(policy, **{last: getattr(policy, last) + tokens})
+    return dataclasses.replace(policy, **{count: getattr(policy, count) + tokens})
 
 
 def _perplexity(

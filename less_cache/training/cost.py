@@ -9,9 +9,8 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedModel
 
-from less_cache.families import geometry
+from less_cache.families import full_attention_layers, geometry
 from less_cache.training import capture, joint
-from less_cache.training.layers import full_attention_layers
 from less_cache.training.options import Example, TrainingOptions, draw_examples
 
 

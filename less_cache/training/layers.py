@@ -143,11 +143,6 @@ class StudentLayer(TrainingLayer):
         return output.transpose(1, 2).to(query_states.dtype), None
 
 
-def full_attention_layers(config: PreTrainedConfig) -> list[int]:
-    """Indices of the layers that a LESSCache compresses."""
-    return [index for index, layer in enumerate(DynamicCache(config=config).layers) if type(layer) is DynamicLayer]
-
-
 def teacher_cache(config: PreTrainedConfig, kernels: LESSKernels) -> Cache:
     """A cache for a dense forward: a `TeacherLayer` where there are kernels, a `DenseLayer` elsewhere."""
     layers: list[Any] = []

@@ -20,14 +20,13 @@ from transformers import PreTrainedModel
 from less_cache import hook
 from less_cache.config import LESSConfig
 from less_cache.errors import LESSError
-from less_cache.families import check_supported, fingerprint, geometry
+from less_cache.families import check_supported, fingerprint, full_attention_layers, geometry
 from less_cache.kernels import LESSKernels
 from less_cache.policies import policy_class
 from less_cache.training.capture import capture, layer_folder
 from less_cache.training.data import TokenSampler
 from less_cache.training.files import write_whole
 from less_cache.training.joint import JointStage
-from less_cache.training.layers import full_attention_layers
 from less_cache.training.layerwise import LayerRecord, load_layer, save_layer, train_layer
 from less_cache.training.options import TrainingOptions
 from less_cache.training.processes import Processes
@@ -179,7 +178,8 @@ class _Run:
 
     def joint(self) -> list[float]:
         path = self.work / "joint.pt"
-        stage = JointStage(self.model, self.kernels.to(self.model.device), self.sampler, self.options, self.processes)
+        self.kernels.to(device=self.model.device)
+        stage = JointStage(self.model, self.kernels, self.sampler, self.options, self.processes)
         if path.exists():
             stage.load_state_dict(torch.load(path, map_location=self.model.device, weights_only=True))
         while stage.step < self.options.joint_steps:
