@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import os
+import warnings
 import weakref
 from pathlib import Path
 
@@ -28,7 +29,7 @@ class MemoryFootprint:
     Args:
         keys_values: Slots of kept tokens.
         low_rank_state: H and z, float32.
-        bookkeeping: Positions, scores and counters.
+        bookkeeping: Positions, scores and counters, and what is recorded for `crop`.
         full_cache: What a full cache would take for the tokens seen.
     """
 
@@ -123,6 +124,7 @@ class LESSCache(Cache):
         self.policy = policy
         self.kernels = kernels
         self._config = config
+        self._may_warn = True  # once about positions that the model was not trained for
         self._model = None if loaded_model is None else weakref.ref(loaded_model)  # asked for its weights when saved
         hook.install()
 
@@ -183,7 +185,19 @@ class LESSCache(Cache):
         """Called by the model's attention. Raises `LESSError` after a forward that ended between two layers."""
         if getattr(self.layers[layer_idx], "leads", False):
             self._check_whole()
+            self._check_positions(self.get_seq_length(layer_idx))
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def _check_positions(self, seen: int) -> None:
+        """Warn once where the text gets longer than what the model was trained on: the cache has no end, the model has."""
+        trained = getattr(self._config.get_text_config(decoder=True), "max_position_embeddings", None)
+        if self._may_warn and trained is not None and seen > trained:
+            self._may_warn = False
+            warnings.warn(
+                f"The text is longer than the {trained} tokens that the model was trained for (max_position_embeddings): "
+                "the cache goes on at the same size, but what the model writes may get worse.",
+                stacklevel=2,
+            )
 
     def _check_whole(self) -> None:
         lengths = {layer.cumulative_length for layer in self.layers if isinstance(layer, LESSLayer)}
@@ -289,6 +303,7 @@ class LESSCache(Cache):
                 full_cache += _bytes(keys, values)
                 continue
             bookkeeping += _bytes(layer.positions, layer.scores, layer.seen, layer.counts, layer.settled)
+            bookkeeping += layer.recorded_bytes
             if layer.state is not None:
                 low_rank_state += _bytes(*vars(layer.state).values())
             if keys is not None and values is not None:

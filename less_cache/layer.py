@@ -40,7 +40,7 @@ class LESSLayer(CacheLayerMixin):
 
     While `record_past` is true, `crop` can give back what came since the last `crop`, and a block that is not the first
     counts as the sequence of steps that its tokens stand for: whichever candidates are accepted, the layer is as if
-    they had been decoded one by one.
+    they had been decoded one by one. Recording ends with `reset`, and where `REACH` tokens come without a `crop`.
     """
 
     is_sliding = False
@@ -54,7 +54,6 @@ class LESSLayer(CacheLayerMixin):
         self.policy = policy
         self.kernels = kernels
         self.layer_idx = layer_idx
-        self.record_past = False
         self.reset()
 
     def reset(self) -> None:
@@ -70,6 +69,7 @@ class LESSLayer(CacheLayerMixin):
         self.cumulative_length = 0
         self.is_initialized = False
         self._awaiting_attention = False
+        self.record_past = False
         self._recording: Recording | None = None
 
     def fork(self) -> "LESSLayer":
@@ -194,6 +194,11 @@ class LESSLayer(CacheLayerMixin):
     def _map_rows(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Apply `change` to every tensor."""
         self.set_tensors({name: change(rows) for name, rows in self.tensors().items()})
+
+    @property
+    def recorded_bytes(self) -> int:
+        """Bytes held only for `crop`; 0 right after one."""
+        return 0 if self._recording is None else self._recording.nbytes
 
     # What attention asks
 

@@ -21,6 +21,11 @@ class Recording:
         self.calls.append(call)
         self.num_tokens += call.num_tokens
 
+    @property
+    def nbytes(self) -> int:
+        states = [each for call in self.calls for each in (call.query_states, call.key_states, call.value_states)]
+        return sum(tensor.nbytes for tensor in (*states, *self.layer.tensors().values()))
+
     def without_last(self, num_tokens: int) -> Any:
         """The layer as if the last `num_tokens` tokens had never come. The recording is used up."""
         remaining = self.num_tokens - num_tokens

@@ -15,12 +15,12 @@ from less_cache.errors import LESSError
 from less_cache.version import __version__
 
 FORMAT_VERSION = 1
-HEADER = "less_cache"  # its key in the file's metadata
+HEADER, DIGEST = "less_cache", "sha256"  # keys in the file's metadata
 
 
-def digest(tensors: Mapping[str, torch.Tensor]) -> str:
-    """SHA-256 of names, types, shapes and bytes, hex."""
-    sha256 = hashlib.sha256()
+def digest(tensors: Mapping[str, torch.Tensor], text: str = "") -> str:
+    """SHA-256 of `text` and of the tensors' names, types, shapes and bytes, hex."""
+    sha256 = hashlib.sha256(text.encode())
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
         sha256.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
@@ -29,13 +29,12 @@ def digest(tensors: Mapping[str, torch.Tensor]) -> str:
 
 
 def write(path: Path, header: dict, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Write `tensors` and `header` (JSON) to `path` in one atomic step, with the tensors' digest."""
+    """Write `tensors` and `header` (JSON) to `path` in one atomic step, with a digest of both."""
     if path.is_dir():
         raise LESSError(f"Expected the name of a file to save the cache to, got the folder {path}.")
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    versions = {"format_version": FORMAT_VERSION, "less_cache_version": __version__}
-    text = json.dumps({**versions, **header, "sha256": digest(tensors)})
-    content = save(tensors, metadata={"format": "pt", HEADER: text})
+    text = json.dumps({"format_version": FORMAT_VERSION, "less_cache_version": __version__, **header})
+    content = save(tensors, metadata={"format": "pt", HEADER: text, DIGEST: digest(tensors, text)})
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".saving-") as folder:
         draft = Path(folder) / path.name
@@ -52,14 +51,14 @@ def read(path: Path) -> tuple[dict, dict[str, torch.Tensor]]:
         raise LESSError(f"{path}: expected the file of a saved cache, found {'a folder' if path.is_dir() else 'no such file'}.")
     try:
         with safe_open(path, framework="pt") as file:
-            text = (file.metadata() or {}).get(HEADER)
+            metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise LESSError(f"{path}: not a readable safetensors file (pickle is never read): {error}") from error
-    if text is None:
+    if HEADER not in metadata:
         raise LESSError(f"{path}: expected the file of a saved cache, got a safetensors file without its header.")
     try:
-        header = json.loads(text)
+        header = json.loads(metadata[HEADER])
         written_by, version = header["less_cache_version"], header["format_version"]
     except (ValueError, KeyError, TypeError) as error:
         raise LESSError(f"{path}: the header of the saved cache is damaged: {error}") from error
@@ -68,6 +67,6 @@ def read(path: Path) -> tuple[dict, dict[str, torch.Tensor]]:
             f"{path}: expected format_version {FORMAT_VERSION}, got {version!r}, written by less-cache {written_by}. "
             "Read it with that version."
         )
-    if header.get("sha256") != digest(tensors):
-        raise LESSError(f"{path}: the tensors are not those that were saved: the file is damaged. Save the cache again.")
+    if metadata.get(DIGEST) != digest(tensors, metadata[HEADER]):
+        raise LESSError(f"{path}: this is not what was saved: the file is damaged. Save the cache again.")
     return header, tensors

@@ -240,6 +240,9 @@ def test_rows_selected_under_inference_mode_go_on_outside_of_it(policy, model):
     rows = prompt.repeat_interleave(2, dim=0)[[3, 0, 1, 2]]
     feed(model, other, rows)
     assert torch.equal(feed(model, cache, token, token), feed(model, other, token, token))
+    for one, two in zip(cache.layers, other.layers, strict=True):
+        expected = two.tensors()
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in one.tensors().items())
 
 
 # One prefix, several continuations

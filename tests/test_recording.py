@@ -80,9 +80,10 @@ def test_recording_costs_nothing_between_a_crop_and_the_next_block():
     layer = LESSLayer(STEP_POLICIES[0], None, 0)
     layer.activate_past_recording()
     tiny.feed(layer, *tiny.random_states(1, 2, 1, 8, 4), [8])
-    assert layer._recording is not None
+    states, seen, settled = 8 * 4 * 4 * (2 + 1 + 1), 8, 1  # queries, keys and values; what the layer before them has
+    assert layer.recorded_bytes == states + seen + settled
     layer.crop(0)
-    assert layer._recording is None
+    assert layer.recorded_bytes == 0
 
 
 def test_recording_ends_where_nobody_crops(monkeypatch):

@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tiny import tiny_kernels, tiny_llama
 
-from less_cache import CORM, H2O, LESSCache, LESSError, SinkRecent
+from less_cache import CORM, H2O, LESSCache, LESSError, SinkRecent, snapshot
 
 POLICIES = [H2O(heavy=4, recent=3), H2O(heavy=0.1, recent=0.1), SinkRecent(sinks=2, recent=5), CORM(window=4, recent=3)]
 
@@ -101,7 +101,8 @@ def rewritten(path, **changes):
     with safe_open(path, framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         header = json.loads(file.metadata()["less_cache"])
-    save_file(tensors, path, {"less_cache": json.dumps({**header, **changes})})
+    text = json.dumps({**header, **changes})
+    save_file(tensors, path, {"less_cache": text, "sha256": snapshot.digest(tensors, text)})
 
 
 def test_another_model(prompt, tmp_path):
@@ -136,14 +137,16 @@ def test_another_policy(prompt, tmp_path):
         LESSCache.load(path, tiny_llama())
 
 
-def damaged(content: bytes) -> bytes:
+def with_another_tensor(content: bytes) -> bytes:
     return content[:-1] + bytes([content[-1] ^ 1])
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (damaged, "the tensors are not those that were saved"),
+        (with_another_tensor, "this is not what was saved"),
+        (lambda content: content.replace(b"h2o", b"h3o"), "this is not what was saved"),
+        (lambda content: content.replace(b"format_version", b"farmot_version"), "the header of the saved cache is damaged"),
         (lambda content: content[:100], "not a readable safetensors file"),
         (lambda content: b"", "not a readable safetensors file"),
         (lambda content: pickle.dumps({"keys": 1}), r"pickle is never read"),
