@@ -9,7 +9,7 @@ from transformers.cache_utils import DynamicLayer
 
 from less_cache import hook
 from less_cache.errors import LESSError
-from less_cache.families import Geometry, check_supported, fingerprint, geometry
+from less_cache.families import Geometry, check_supported, fingerprint, geometry, warn_untested
 from less_cache.kernels import LESSKernels
 from less_cache.layer import LESSLayer
 from less_cache.policies import EvictionPolicy, policy_from_dict
@@ -104,10 +104,12 @@ class LESSCache(Cache):
         layers = list(DynamicCache(config=config).layers)
         full_attention = [index for index, layer in enumerate(layers) if type(layer) is DynamicLayer]
         if not full_attention:
+            kinds = ", ".join(sorted({type(layer).__name__ for layer in layers}))
             raise LESSError(
-                f"LESSCache: {config.model_type!r} has no full-attention layer to compress: its cache is already bounded. "
-                "Use a DynamicCache."
+                f"LESSCache cannot work with {config.get_text_config(decoder=True).model_type!r}: no full-attention layer to "
+                f"compress, its cache has {kinds} only. Use a DynamicCache."
             )
+        warn_untested(config.model_type)
         if kernels is not None:
             check_kernels(kernels, config, full_attention, loaded_model)
         for index in full_attention:
