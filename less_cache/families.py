@@ -93,7 +93,7 @@ def _refusal(config: PreTrainedConfig, model: PreTrainedModel | None) -> str | N
         return reason
     if getattr(config, "kv_lora_rank", None):
         return MLA
-    if "reuse" in (getattr(config, "kv_sharing_modes", None) or ()):
+    if getattr(config, "num_kv_shared_layers", None):
         return SHARED
     if hook.is_paged(config):
         return "paged attention is for continuous batching, which brings a cache of its own"

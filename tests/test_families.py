@@ -53,11 +53,10 @@ def test_a_model_is_refused_like_its_config():
         LESSCache(AutoModelForCausalLM.from_config(config), H2O(4, 4))
 
 
-@pytest.mark.parametrize("model_type", sorted({*REFUSED, *SUPPORTED}))
 @newest_transformers
-def test_names_exist(model_type):
+def test_names_exist():
     """A misspelt name would refuse nothing, and support nothing."""
-    assert model_type in CONFIG_MAPPING
+    assert {*REFUSED, *SUPPORTED} <= set(CONFIG_MAPPING)
 
 
 def test_an_architecture_that_was_never_tried_warns_once():

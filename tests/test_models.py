@@ -108,11 +108,13 @@ def test_left_padded_row_equals_its_single_run(name):
 @each_architecture
 def test_beams(name):
     model, inputs = model_of(name), prompt()
-    sequences = [
-        model.generate(**inputs, past_key_values=cache, max_new_tokens=NEW, num_beams=2)
+    options = {"num_beams": 3, "num_return_sequences": 3, "output_scores": True, "return_dict_in_generate": True}
+    full, less = (
+        model.generate(**inputs, past_key_values=cache, max_new_tokens=NEW, **options)
         for cache in (DynamicCache(config=model.config), LESSCache(model, H2O(64, 64)))
-    ]
-    assert torch.equal(*sequences)
+    )
+    assert torch.equal(less.sequences, full.sequences)
+    assert_close(less.sequences_scores, full.sequences_scores)
 
 
 TABLE = Path(__file__).parent.parent / "docs" / "models.md"

@@ -123,11 +123,9 @@ ARCHITECTURES = sorted(
 # What a user of an architecture should know; docs/models.md shows it.
 NOTES = {
     "falcon": "its ALiBi form (`alibi=True`) is refused",
-    "gemma2": 'load it with `attn_implementation="eager"`: sdpa has no soft-capping',
     "gemma3n_text": "refused where layers share their keys (`num_kv_shared_layers` above 0)",
     "gemma4_text": "refused where layers share their keys (`num_kv_shared_layers` above 0)",
     "gemma4_unified_text": "refused where layers share their keys (`num_kv_shared_layers` above 0)",
-    "gpt_oss": 'load it with `attn_implementation="eager"`: sdpa has no attention sinks',
     "minimax_m3_vl_text": "left padding changes its own sparse layers, with any cache",
 }
 WITHOUT_LEFT_PADDING = ("minimax_m3_vl_text",)
