@@ -6,6 +6,7 @@ import hashlib
 import warnings
 
 import torch
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from less_cache import hook
@@ -126,5 +127,7 @@ def fingerprint(model: PreTrainedModel) -> str:
     digest.update(f"{config.model_type} {geometry(config)} {config.vocab_size}".encode())
     for parameter in model.parameters():
         if parameter.dim() == 1:
-            digest.update(parameter.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes())
+            # Under tensor parallelism a process has a piece of some biases.
+            whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+            digest.update(whole.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

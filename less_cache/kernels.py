@@ -77,6 +77,15 @@ class LayerKernels(nn.Module):
         u = self.key_scale.abs().unsqueeze(1) * gelu(gelu(key_states.float() @ self.key_in) @ self.key_out)
         return (u + self.mix_scale.unsqueeze(1) * (u @ self.key_mix)).abs()
 
+    def part(self, index: int, parts: int) -> "LayerKernels":
+        """Kernels of the heads that process `index` of `parts` has under tensor parallelism: an equal share, in order."""
+        (h, d, m), (g, r) = self.query_in.shape, self.key_scale.shape
+        with torch.device("meta"):
+            kernels = LayerKernels(h // parts, g // parts, d, m, r)
+        heads = {name: tensor.chunk(parts)[index].clone() for name, tensor in self.state_dict().items()}
+        kernels.load_state_dict(heads, assign=True)
+        return kernels.requires_grad_(False)
+
     @property
     def rank(self) -> int:
         return self.query_out.shape[-1]

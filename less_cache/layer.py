@@ -69,6 +69,9 @@ class LESSLayer(CacheLayerMixin):
         self.dtype, self.device = key_states.dtype, key_states.device
         self.seen = torch.zeros(b, dtype=torch.long, device=self.device)
         if self.kernels is not None:
+            if (all_heads := self.kernels.key_in.shape[0]) != g:  # tensor parallelism: this process has some of the heads
+                parts = all_heads // g
+                self.kernels = self.kernels.part(torch.distributed.get_rank() % parts, parts)
             if self.kernels.query_in.device != self.device:
                 self.kernels = copy.deepcopy(self.kernels).to(self.device)
             self.state = LowRankState.empty(b, g, self.kernels.rank, value_states.shape[-1], self.device)
