@@ -77,6 +77,12 @@ def test_device_map(tmp_path):
 # Tensor parallelism
 
 
+@torch.no_grad()
+def next_logits(model, cache) -> torch.Tensor:
+    """Finer than tokens: they may agree where the state of a head is wrong."""
+    return model(torch.tensor([[5]]), past_key_values=cache).logits
+
+
 def parallel_worker(rank: int, folder: Path) -> None:
     """One of two processes, each with half of the heads of the model in `folder`; saves what it has generated."""
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
@@ -85,7 +91,7 @@ def parallel_worker(rank: int, folder: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder, distributed_config=DistributedConfig(tp_plan="auto")).eval()
     cache = LESSCache(model, H2O(4, 3), LESSKernels.from_pretrained(folder))
     generated = generate(model, cache, torch.arange(1, 31)[None])
-    torch.save((generated, cache.layers[1].keys.shape), folder / f"generated-{rank}.pt")
+    torch.save((generated, next_logits(model, cache), cache.layers[1].keys.shape), folder / f"generated-{rank}.pt")
     distributed.destroy_process_group()
 
 
@@ -94,10 +100,12 @@ def test_two_processes_equal_one(tmp_path):
     kernels = tiny.tiny_kernels(model)
     model.save_pretrained(tmp_path)
     kernels.save_pretrained(tmp_path)
-    expected = generate(model, LESSCache(model, H2O(4, 3), kernels), prompt)
+    cache = LESSCache(model, H2O(4, 3), kernels)
+    expected, expected_logits = generate(model, cache, prompt), next_logits(model, cache)
     assert not torch.equal(expected, generate(model, DynamicCache(config=model.config), prompt))
     torch.multiprocessing.start_processes(parallel_worker, args=(tmp_path,), nprocs=2, start_method="spawn")
     for rank in range(2):
-        generated, shape = torch.load(tmp_path / f"generated-{rank}.pt")
+        generated, logits, shape = torch.load(tmp_path / f"generated-{rank}.pt")
         assert torch.equal(generated, expected)
+        torch.testing.assert_close(logits, expected_logits, atol=1e-4, rtol=1e-4)
         assert shape == (1, 1, 4 + 3 + 1, 8)  # one of two KV heads
