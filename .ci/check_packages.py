@@ -11,7 +11,16 @@ WHEEL = [*PACKAGE, "licenses/LICENSE", "less_cache/hub/catalogue.json"]
 SDIST = [
     *PACKAGE,
     *("tests/conftest.py", "tests/fixtures/", "hub/", "examples/quickstart.py", "docs/log.md", ".ci/run"),
-    *("constraints.txt", "Makefile", "LICENSE", "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "pyproject.toml"),
+    *(
+        "constraints.txt",
+        "constraints-oldest.txt",
+        "Makefile",
+        "LICENSE",
+        "README.md",
+        "CHANGELOG.md",
+        "CONTRIBUTING.md",
+        "pyproject.toml",
+    ),
 ]
 
 folder = Path(sys.argv[1])

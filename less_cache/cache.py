@@ -13,7 +13,14 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from less_cache import hook, snapshot
 from less_cache.errors import LESSError
-from less_cache.families import Geometry, check_supported, fingerprint, full_attention_layers, geometry
+from less_cache.families import (
+    Geometry,
+    check_supported,
+    fingerprint,
+    full_attention_layers,
+    geometry,
+    warn_untested,
+)
 from less_cache.kernels import LESSKernels
 from less_cache.layer import LESSLayer
 from less_cache.policies import H2O, EvictionPolicy, policy_class, policy_from_dict
@@ -111,10 +118,12 @@ class LESSCache(Cache):
         layers = list(DynamicCache(config=config).layers)
         full_attention = full_attention_layers(config)
         if not full_attention:
+            kinds = ", ".join(sorted({type(layer).__name__ for layer in layers}))
             raise LESSError(
-                f"LESSCache: {config.model_type!r} has no full-attention layer to compress: its cache is already bounded. "
-                "Use a DynamicCache."
+                f"LESSCache cannot work with {config.get_text_config(decoder=True).model_type!r}: no full-attention layer to "
+                f"compress, its cache has {kinds} only. Use a DynamicCache."
             )
+        warn_untested(config.model_type)
         if kernels is not None:
             check_kernels(kernels, config, full_attention, loaded_model)
         for index in full_attention:
@@ -336,7 +345,8 @@ def check_kernels(
             "Use kernels that were trained for this model."
         )
     wanted = described.base_model_fingerprint
-    if wanted is not None and model is not None and (actual := fingerprint(model)) != wanted:
+    readable = model is not None and not any(parameter.is_meta for parameter in model.parameters())  # not offloaded
+    if wanted is not None and model is not None and readable and (actual := fingerprint(model)) != wanted:
         raise LESSError(
             f"The kernels are for another base model: they were trained for {described.base_model!r} "
             f"(fingerprint {wanted[:12]}…), the model's fingerprint is {actual[:12]}…. "

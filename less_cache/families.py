@@ -1,30 +1,52 @@
 """What is known of model families: geometry, identity, and who cannot work with a LESSCache."""
 
 import dataclasses
+import functools
 import hashlib
-from typing import Any
+import warnings
 
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedConfig, PreTrainedModel
+from torch.distributed.tensor import DTensor
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from less_cache import hook
 from less_cache.errors import LESSError
 
+# Each passes tests/test_models.py; docs/models.md is the table of it.
+# fmt: off
+SUPPORTED = frozenset({
+    "afmoe", "apertus", "arcee", "aria_text", "bamba", "beam", "bert", "bert-generation", "biogpt", "bitnet", "camembert",
+    "cohere", "cohere2", "cohere2_moe", "cohere_compass_text", "ctrl", "cwm", "data2vec-text", "dots1", "electra", "ernie",
+    "ernie4_5", "ernie4_5_moe", "exaone4", "exaone_moe", "falcon", "flex_olmo", "flint", "gemma", "gemma2", "gemma3_text",
+    "gemma3n_text", "gemma4_text", "gemma4_unified_text", "glm", "glm4", "glm4_moe", "gpt-sw3", "gpt2", "gpt_bigcode",
+    "gpt_neox", "gpt_oss", "granite", "granite_swa", "granitemoe", "granitemoe_swa", "granitemoehybrid", "granitemoeshared",
+    "helium", "hrm_text", "hunyuan_v1_dense", "hunyuan_v1_moe", "hy_v3", "hyperclovax", "internlm3", "iquestcoder", "jais2",
+    "jamba", "kolibri1", "laguna", "lfm2", "lfm2_moe", "lfm3", "llama", "llama4_text", "mellum", "mimo_v2_flash", "minimax_m2",
+    "minimax_m3_vl_text", "ministral", "ministral3", "mistral", "mixtral", "modernbert-decoder", "nanochat", "nemotron",
+    "nemotron_h", "olmo", "olmo2", "olmo3", "olmo_hybrid", "olmoe", "opt", "persimmon", "phi", "phi3", "phimoe", "qwen2",
+    "qwen2_moe", "qwen3", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_moe", "qwen3_next", "roberta", "roberta-prelayernorm",
+    "roc_bert", "seed_oss", "smollm3", "solar_open", "stablelm", "starcoder2", "vaultgemma", "xlm-roberta", "xlm-roberta-xl",
+    "xmod",
+})
+# fmt: on
 MLA = "multi-head latent attention: what attention sees is not what the cache was given"
 ALIBI = "ALiBi adds a bias by distance, which is lost for evicted tokens"
+SHARED = "some of its layers attend to the keys of another layer, of which this cache keeps a part alone"
+DRAFT = "it drafts for another model, whose keys it attends to"
 REFUSED = {
-    "deepseek_v2": MLA,
-    "deepseek_v3": MLA,
-    "deepseek_v32": MLA,
-    "glm_moe_dsa": MLA,
-    "kimi_linear": MLA,
-    "longcat_flash": MLA,
-    "minicpm3": MLA,
-    "youtu": MLA,
+    "blt": "each of its parts needs a cache of its own",
     "bloom": ALIBI,
     "mpt": ALIBI,
+    "dots3_note_text": MLA,  # the other models of this kind have a kv_lora_rank
     "diffllama": "its attention swaps the values after the cache returned them",
+    "doge": "its mask differs by head and is computed from all values",
+    "gemma4_assistant": DRAFT,
+    "gemma4_unified_assistant": DRAFT,
+    "idefics": "its attention normalises keys after the cache returned them",
     "jetmoe": "its attention repeats keys and values after the cache returned them",
+    "minimax": "it takes no cache but its own",
+    "mllama_text_model": "its cross-attention reads the image's keys from the cache itself",
     "moonshine": "its attention pads keys and values after the cache returned them",
 }
 
@@ -67,23 +89,36 @@ def check_supported(config: PreTrainedConfig, model: PreTrainedModel | None = No
     """Raise `LESSError` for a model that is known not to work, with the reason."""
     if config.is_encoder_decoder:
         raise LESSError(f"Expected a decoder-only model, got {config.model_type!r}, an encoder-decoder model.")
-    config = config.get_text_config(decoder=True)
-    model_type = config.model_type
-    reason = REFUSED.get(model_type) or (MLA if getattr(config, "kv_lora_rank", None) else None)
-    if reason is not None:
-        raise LESSError(f"LESSCache cannot work with {model_type!r}: {reason}. Use a DynamicCache.")
-    if model_type == "falcon":
-        if config.alibi:
-            raise LESSError(f"LESSCache cannot work with this Falcon model: {ALIBI}. Use a DynamicCache.")
-        return
-    if type(config) not in AutoModelForCausalLM._model_mapping:
-        return  # custom code: the next update tells whether its attention reaches the cache
-    mapped: Any = AutoModelForCausalLM._model_mapping[type(config)]
-    model_class = type(model) if isinstance(model, PreTrainedModel) else mapped
-    if not model_class._can_set_attn_implementation():
-        raise LESSError(
-            f"LESSCache cannot work with {model_type!r}: its attention does not go through transformers' "
-            "AttentionInterface, so it never reaches the cache. Use a DynamicCache."
+    text_config = config.get_text_config(decoder=True)
+    if reason := REFUSED.get(config.model_type) or _refusal(text_config, model):
+        raise LESSError(f"LESSCache cannot work with {text_config.model_type!r}: {reason}. Use a DynamicCache.")
+
+
+def _refusal(config: PreTrainedConfig, model: PreTrainedModel | None) -> str | None:
+    """Why a model with this text config cannot work; None: nothing is known against it."""
+    if reason := REFUSED.get(config.model_type):
+        return reason
+    if getattr(config, "kv_lora_rank", None):
+        return MLA
+    if getattr(config, "num_kv_shared_layers", None):
+        return SHARED
+    if hook.is_paged(config):
+        return "paged attention is for continuous batching, which brings a cache of its own"
+    if config.model_type == "falcon":
+        return ALIBI if config.alibi else None
+    if not hook.reaches(config, model):
+        return "its attention does not go through transformers' AttentionInterface, so it never reaches the cache"
+    return None
+
+
+@functools.cache
+def warn_untested(model_type: str) -> None:
+    """Warn, once a process, of an architecture that the tests do not cover."""
+    if model_type not in SUPPORTED:
+        warnings.warn(
+            f"LESSCache was never tested with {model_type!r} (docs/models.md lists what was). Compare its output under a "
+            "budget above the text's length with that of a DynamicCache: they must be equal.",
+            stacklevel=3,  # where the cache is made
         )
 
 
@@ -98,5 +133,7 @@ def fingerprint(model: PreTrainedModel) -> str:
     digest.update(f"{config.model_type} {geometry(config)} {config.vocab_size}".encode())
     for parameter in model.parameters():
         if parameter.dim() == 1:
-            digest.update(parameter.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes())
+            # Under tensor parallelism a process has a piece of some biases.
+            whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+            digest.update(whole.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

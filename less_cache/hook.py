@@ -1,4 +1,4 @@
-"""The link between a cache layer and attention: the only file that touches transformers' dispatch.
+"""The link between a cache layer and attention: the only file that touches transformers' dispatch and its private names.
 
 `Cache.update` never sees the queries and attention never sees the cache. So `update` returns its keys as a fresh view
 that carries a reference to its layer (`tag`), and the dispatch of attention functions looks for that reference. Keys
@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import AttentionInterface
+from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.falcon import modeling_falcon
 
 _TAG = "_less_layer"
@@ -40,6 +40,20 @@ def dispatching(original: Callable) -> Callable:
         return layer.attend(original, module, query, key, value, attention_mask, *args, **kwargs)
 
     return attention
+
+
+def reaches(config: PreTrainedConfig, model: PreTrainedModel | None) -> bool:
+    """Whether attention of this model goes through `AttentionInterface`; True where only a forward can tell."""
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        return True  # custom code, or a part of a larger model
+    mapped: Any = AutoModelForCausalLM._model_mapping[type(config)]
+    model_class = type(model) if isinstance(model, PreTrainedModel) else mapped
+    return model_class._can_set_attn_implementation()
+
+
+def is_paged(config: PreTrainedConfig) -> bool:
+    """Whether a model with this config was set to the attention of continuous batching."""
+    return str(config._attn_implementation).startswith("paged|")
 
 
 def install() -> None:

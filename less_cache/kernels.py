@@ -96,6 +96,19 @@ class LayerKernels(LayerMemory):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         return state.virtual_tokens(self.query_features(query_states))
 
+    def for_heads(self, num_key_value_heads: int) -> "LayerKernels":
+        parts = self.key_in.shape[0] // num_key_value_heads
+        return self if parts == 1 else self.part(torch.distributed.get_rank() % parts, parts)
+
+    def part(self, index: int, parts: int) -> "LayerKernels":
+        """Kernels of the heads that process `index` of `parts` has under tensor parallelism: an equal share, in order."""
+        (h, d, m), (g, r) = self.query_in.shape, self.key_scale.shape
+        with torch.device("meta"):
+            kernels = LayerKernels(h // parts, g // parts, d, m, r)
+        heads = {name: tensor.chunk(parts)[index].clone() for name, tensor in self.state_dict().items()}
+        kernels.load_state_dict(heads, assign=True)
+        return kernels.requires_grad_(False)
+
     @property
     def rank(self) -> int:
         return self.query_out.shape[-1]

@@ -87,7 +87,7 @@ class LESSLayer(CacheLayerMixin):
         self.seen = torch.zeros(b, dtype=torch.long, device=self.device)
         self.settled = torch.zeros(b, dtype=torch.bool, device=self.device)
         if self.kernels is not None:
-            self.kernels = self.kernels.on(self.device)
+            self.kernels = self.kernels.for_heads(g).on(self.device)
             self.state = self.kernels.empty_state(b, g, value_states.shape[-1], self.device)
         self.is_initialized = True
 
@@ -225,6 +225,11 @@ class LESSLayer(CacheLayerMixin):
             value_states: What `update` returned, `[b, g, n, d]`.
             attention_mask: Of the new tokens alone, `[b, 1, n, n]` or `[b, n]`, bool or additive.
         """
+        if not self._awaiting_attention:
+            raise LESSError(
+                f"Layer {self.layer_idx} ({type(module).__name__}): attention reads the same keys twice, as in a model whose "
+                "layers share keys. Use a DynamicCache; to go on with this cache, call cache.reset()."
+            )
         self._awaiting_attention = False
         self._check_call(module, dropout, kwargs)
         n = query_states.shape[2]

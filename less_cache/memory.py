@@ -35,6 +35,10 @@ class LayerMemory(nn.Module, abc.ABC):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits `[b, g, s, n, r]` for the queries `[b, h, n, d]`, and values `[b, g, r, d]`; float32."""
 
+    def for_heads(self: Self, num_key_value_heads: int) -> Self:
+        """The part for the KV heads that this process has: under tensor parallelism a share of them, in order."""
+        return self
+
     def on(self: Self, device: torch.device) -> Self:
         """This, or a copy of it on `device`: the user's kernels stay where they are."""
         if all(parameter.device == device for parameter in self.parameters()):

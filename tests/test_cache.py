@@ -414,7 +414,7 @@ def test_memory_footprint_of_an_empty_cache():
 
 
 def test_memory_footprint_counts_the_models_own_layers():
-    model = zoo.build("gemma3")
+    model = zoo.build("gemma3_text")
     cache = LESSCache(model, H2O(4, 3))
     generate(model, cache, tokens(length=40))
     sliding, full = cache.layers

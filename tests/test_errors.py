@@ -104,7 +104,7 @@ CONSTRUCTION = {
         "Use kernels",
     ),
     "kernels of all layers for a hybrid": (
-        lambda: LESSCache(zoo.build("gemma3"), POLICY, sized()),
+        lambda: LESSCache(zoo.build("gemma3_text"), POLICY, sized()),
         "full-attention layers are [1]",
         "the kernels' layers [0, 1]",
         "Use kernels",
@@ -316,6 +316,16 @@ def test_unknown_arguments_of_attention(name):
     keys, values = cache.update(torch.randn(1, 2, 5, 8), torch.randn(1, 2, 5, 8), 0)
     with pytest.raises(LESSError, match=f"Layer 0 .LlamaAttention.: attention argument '{name}' is not supported"):
         dispatched(model.model.layers[0].self_attn, torch.randn(1, 4, 5, 8), keys, values, None, **{name: torch.zeros(5)})
+
+
+def test_keys_that_a_second_layer_reads():
+    model = tiny_llama()
+    cache = LESSCache(model, POLICY)
+    keys, values = cache.update(torch.randn(1, 2, 5, 8), torch.randn(1, 2, 5, 8), 0)
+    dispatched(model.model.layers[0].self_attn, torch.randn(1, 4, 5, 8), keys, values, None)
+    with pytest.raises(LESSError, match=r"Layer 0 .LlamaAttention.: attention reads the same keys twice.*cache\.reset\(\)"):
+        dispatched(model.model.layers[1].self_attn, torch.randn(1, 4, 5, 8), keys, values, None)
+    assert cache.get_seq_length() == 5
 
 
 def test_sliding_window_in_a_layer_that_should_have_none():

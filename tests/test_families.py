@@ -1,14 +1,17 @@
 """What is known of model families: geometry, identity, refusals with their reason."""
 
+import warnings
+
 import pytest
 import torch
 import transformers
 import zoo
+from models_table import newest_transformers
 from tiny import tiny_llama
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, LlamaForCausalLM
 
 from less_cache import H2O, LESSCache, LESSError
-from less_cache.families import ALIBI, MLA, REFUSED, Geometry, fingerprint, geometry
+from less_cache.families import ALIBI, MLA, REFUSED, SUPPORTED, Geometry, fingerprint, geometry
 
 REFUSALS = [
     (transformers.T5Config, {}, "encoder-decoder"),
@@ -21,6 +24,11 @@ REFUSALS = [
     (transformers.Glm4MoeLiteConfig, {}, MLA),
     (transformers.DiffLlamaConfig, {}, "swaps the values"),
     (transformers.JetMoeConfig, {}, "repeats keys and values"),
+    (transformers.DogeConfig, {}, "its mask differs by head"),
+    (transformers.MiniMaxConfig, {}, "no cache but its own"),
+    (transformers.BltConfig, {}, "each of its parts"),
+    (transformers.Gemma3nTextConfig, {}, "the keys of another layer"),
+    (transformers.LlamaConfig, {"attn_implementation": "paged|eager"}, "continuous batching"),
     (transformers.GPTJConfig, {}, "AttentionInterface"),
     (transformers.CodeGenConfig, {}, "AttentionInterface"),
     (transformers.XGLMConfig, {}, "AttentionInterface"),
@@ -45,10 +53,27 @@ def test_a_model_is_refused_like_its_config():
         LESSCache(AutoModelForCausalLM.from_config(config), H2O(4, 4))
 
 
-@pytest.mark.parametrize("model_type", REFUSED)
-def test_refused_names_exist(model_type):
-    """A misspelt name would refuse nothing."""
-    assert model_type in CONFIG_MAPPING
+@newest_transformers
+def test_names_exist():
+    """A misspelt name would refuse nothing, and support nothing."""
+    assert {*REFUSED, *SUPPORTED} <= set(CONFIG_MAPPING)
+
+
+def test_an_architecture_that_was_never_tried_warns_once():
+    class NewConfig(transformers.LlamaConfig):
+        model_type = "new"
+
+    with pytest.warns(UserWarning, match="never tested with 'new'.*DynamicCache") as caught:
+        LESSCache(NewConfig(), H2O(4, 4))
+        LESSCache(NewConfig(), H2O(4, 4))
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+
+
+def test_a_supported_architecture_does_not_warn():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        LESSCache(transformers.LlamaConfig(), H2O(4, 4))
 
 
 DEPTH_3_HEADS_8 = {"num_hidden_layers": 3, "num_attention_heads": 8, "hidden_size": 64}
@@ -75,15 +100,9 @@ def test_geometry_that_differs_by_layer():
         geometry(transformers.Gemma4TextConfig())
 
 
-@pytest.mark.parametrize("family", [*zoo.FAMILIES, "new falcon"])
+@pytest.mark.parametrize("family", [*zoo.FAMILIES, "falcon multi-head", "falcon new"])
 def test_geometry_is_what_the_cache_holds(family):
-    if family == "new falcon":
-        falcon = transformers.FalconConfig(
-            **zoo.NO_HEAD_DIM, new_decoder_architecture=True, num_kv_heads=2, alibi=False, bias=False
-        )
-        model = AutoModelForCausalLM.from_config(falcon).eval()
-    else:
-        model = zoo.build(family)
+    model = zoo.build(family)
     sizes = geometry(model.config)
     cache = LESSCache(model, H2O(4, 4))
     with torch.no_grad():

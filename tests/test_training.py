@@ -98,7 +98,7 @@ def test_joint_training_lowers_the_divergence(tmp_path):
     assert losses[-1] < 0.8 * losses[0]
 
 
-ARCHITECTURES = ("falcon", "gemma3", "gpt_oss", "opt")  # multi-query outside of AttentionInterface, sliding, sinks, biases
+ARCHITECTURES = ("falcon", "gemma3_text", "gpt_oss", "opt")  # multi-query outside of AttentionInterface, sliding, sinks, biases
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

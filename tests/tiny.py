@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from less_cache import LESSConfig, LESSKernels
-from less_cache.families import fingerprint, full_attention_layers, geometry
+from less_cache import H2O, LESSCache, LESSConfig, LESSKernels
+from less_cache.families import fingerprint, geometry
 from less_cache.kernels import LayerKernels
 from less_cache.layer import LESSLayer
 
@@ -41,14 +41,15 @@ def tiny_llama(attn_implementation: str = "sdpa", seed: int = 0, **overrides) ->
 def tiny_kernels(model: PreTrainedModel, rank: int = 8, hidden_size: int = 16, seed: int = 0) -> LESSKernels:
     """Random kernels for `model`, heavy enough that the state weighs as much as the kept tokens."""
     sizes = geometry(model.config)
+    layers = [index for index, layer in enumerate(LESSCache(model, H2O(1, 1)).layers) if isinstance(layer, LESSLayer)]
     config = LESSConfig(
         num_hidden_layers=sizes.num_hidden_layers,
         num_attention_heads=sizes.num_attention_heads,
         num_key_value_heads=sizes.num_key_value_heads,
         head_dim=sizes.head_dim,
-        layers=full_attention_layers(model.config),
         rank=rank,
         hidden_size=hidden_size,
+        layers=layers,
         model_type=model.config.get_text_config(decoder=True).model_type,
         base_model="tiny",
         base_model_fingerprint=fingerprint(model),
