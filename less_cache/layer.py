@@ -234,10 +234,8 @@ class LESSLayer(CacheLayerMixin):
         self._check_call(module, dropout, kwargs)
         n = query_states.shape[2]
         if again := self._seen_again(kwargs.get("position_ids"), n):
-            queries, keys, values = (states[:, :, again:] for states in (query_states, key_states, value_states))
-            kwargs["position_ids"] = kwargs["position_ids"][:, again:]
-            new_output, _ = self.attend(original, module, queries, keys, values, None, dropout, scaling, **kwargs)
-            return torch.nn.functional.pad(new_output, (0, 0, 0, 0, again, 0)), None
+            query_states, key_states, value_states = (s[:, :, again:] for s in (query_states, key_states, value_states))
+            kwargs["position_ids"], attention_mask, n = kwargs["position_ids"][:, again:], None, n - again
         real = self._real_tokens(attention_mask, n)
         if self.leads and self.cumulative_length > 0:
             self._check_continuation(real, kwargs.get("position_ids"))
@@ -259,7 +257,8 @@ class LESSLayer(CacheLayerMixin):
             self._recording = Recording(self)
         attended = self.take_in(call)
         self._record(call)
-        return (attended.transpose(1, 2).contiguous() if output is None else output), None
+        output = attended.transpose(1, 2).contiguous() if output is None else output
+        return torch.nn.functional.pad(output, (0, 0, 0, 0, again, 0)) if again else output, None
 
     def take_in(self, call: AttentionCall) -> torch.Tensor | None:
         """Read the new tokens and take them in: attention output `[b, h, n, d]`, or None for the first block."""

@@ -141,7 +141,7 @@ def test_less_on_target_and_assistant_is_greedy(policy, model, prompt):
     assert rounds[:-1] == [5] * (NEW // 5)
 
 
-@pytest.mark.parametrize("family", ["gemma3", "falcon", "opt"])
+@pytest.mark.parametrize("family", ["gemma3_text", "falcon", "opt"])
 def test_prompt_lookup_in_other_families(family, prompt):
     model = zoo.build(family)
     tokens, _ = speculate(model, prompt, LESSCache(model, H2O(64, 64)), prompt_lookup_num_tokens=4)
@@ -273,7 +273,7 @@ def test_a_fork_shares_the_kernels_and_no_other_tensor(model, prompt):
 
 
 def test_a_hybrid_forks_its_own_layers(prompt):
-    model = zoo.build("gemma3")
+    model = zoo.build("gemma3_text")
     prefix, alone = LESSCache(model, H2O(4, 3)), LESSCache(model, H2O(4, 3))
     feed(model, prefix, prompt)
     feed(model, alone, prompt)

@@ -64,7 +64,7 @@ def test_a_loaded_cache_goes_on_bit_by_bit(policy, with_kernels, dtype, prompt, 
     assert_goes_on_bit_by_bit(model, loaded, cache, prompt)
 
 
-@pytest.mark.parametrize("family", ["gemma3", "falcon", "opt"])
+@pytest.mark.parametrize("family", ["gemma3_text", "falcon", "opt"])
 def test_families(family, prompt, tmp_path):
     model = zoo.build(family)
     cache = prefilled(model, prompt)
