@@ -51,6 +51,24 @@ def sparse_softmax(logits: torch.Tensor, sinks: torch.Tensor | None = None) -> t
     return weights / mass, largest + mass.log()
 
 
+def causal_weights(
+    query_states: torch.Tensor,
+    key_states: torch.Tensor,
+    first: int,
+    scaling: float,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`sparse_softmax`'s weights for the queries at positions `first` … `first + n - 1` of a text without padding, each
+    over the keys up to its own: `[b, g, s, n, first + n]`.
+    """
+    n = query_states.shape[2]
+    logits = attention_logits(query_states, key_states[:, :, : first + n], None, scaling, softcap)
+    later = torch.ones(n, n, dtype=torch.bool, device=logits.device).triu(1)
+    logits[..., first:].masked_fill_(later, -torch.inf)  # only the last n columns hold keys of the future
+    return logits.softmax(dim=-1) if sinks is None else sparse_softmax(logits, sinks)[0]
+
+
 def add_virtual_tokens(
     sparse_output: torch.Tensor, log_sum: torch.Tensor, logits: torch.Tensor, values: torch.Tensor
 ) -> torch.Tensor:

@@ -13,7 +13,7 @@ import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from less_cache import hook
-from less_cache.attention import attention_logits, less_attention, sparse_softmax
+from less_cache.attention import attention_logits, causal_weights, less_attention, sparse_softmax
 from less_cache.call import AttentionCall
 from less_cache.errors import LESSError
 from less_cache.memory import LayerMemory
@@ -21,6 +21,7 @@ from less_cache.policies import EvictionPolicy
 from less_cache.recording import Recording
 
 QUERY_BLOCK = 256  # queries attended at once in a block: memory is O(QUERY_BLOCK · columns)
+SCORE_BLOCK = 32  # queries scored at once: their weights over a long prompt stay in the processor's cache
 SPARE_SLOTS = 64  # a policy without a budget gets this many free slots at a time
 REACH = 1024  # tokens after which a recording that nobody crops ends
 PER_ROW = ("keys", "values", "positions", "scores", "seen", "counts", "settled")
@@ -436,7 +437,12 @@ class LESSLayer(CacheLayerMixin):
         if real is not None and not bool(real[:, n - observed :].all()):
             observed = n  # the last real queries of a row may come before padding
         outputs = []
-        for start in range(n - observed if is_first else 0, n, QUERY_BLOCK):
+        if is_first and call.attention_mask is None:
+            self._score_prompt(call, scores, new_positions, n - observed)
+            rest = range(0)
+        else:
+            rest = range(n - observed if is_first else 0, n, QUERY_BLOCK)
+        for start in rest:
             rows = slice(start, min(start + QUERY_BLOCK, n))
             visible = self._visible(call.attention_mask, tokens, rows, g)  # [b, g, rows, c up to what the last row may see]
             seen_columns = slice(0, visible.shape[-1])
@@ -466,6 +472,15 @@ class LESSLayer(CacheLayerMixin):
         slots = held + SPARE_SLOTS if capacity is None else int(capacity.max()) + 1
         self._store(keys, values, positions.masked_fill(~keep, -1), scores, slots)
         return None if is_first else torch.cat(outputs, dim=2)
+
+    def _score_prompt(self, call: AttentionCall, scores: torch.Tensor, positions: torch.Tensor, start: int) -> None:
+        """Let the policy observe, in place, the queries from `start` on of a prompt without padding, causally attended."""
+        keys = call.key_states.float()
+        for first in range(start, call.num_tokens, SCORE_BLOCK):
+            rows = slice(first, min(first + SCORE_BLOCK, call.num_tokens))
+            weights = causal_weights(call.query_states[:, :, rows], keys, first, call.scaling, call.softcap, call.sinks)
+            columns = scores[..., : rows.stop]
+            columns.copy_(self.policy.observe(columns, weights, positions[:, rows]))
 
     def _visible(self, attention_mask: torch.Tensor | None, real: torch.Tensor, rows: slice, g: int) -> torch.Tensor:
         """Which columns the queries `rows` see, `[b, g, rows, c]`; each sees itself.

@@ -19,12 +19,14 @@ PUBLIC = {
     "transformers.AutoTokenizer",
     "transformers.Cache",
     "transformers.DynamicCache",
+    "transformers.GenerationMixin",
     "transformers.PreTrainedConfig",
     "transformers.PreTrainedModel",
     "transformers.PreTrainedTokenizerFast",
     "transformers.TextStreamer",
     "transformers.cache_utils.CacheLayerMixin",
     "transformers.cache_utils.DynamicLayer",
+    "transformers.cache_utils.DynamicSlidingWindowLayer",
     "transformers.models.falcon.modeling_falcon",  # Falcon's attention has no public form
 }
 PRIVATE = {  # hook.py alone uses these

@@ -11,13 +11,12 @@ from transformers import Cache, DynamicCache, PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
 from less_cache import hook
-from less_cache.attention import attention_logits, sparse_softmax
+from less_cache.attention import attention_logits, causal_weights
 from less_cache.errors import LESSError
 from less_cache.kernels import LayerKernels, LESSKernels
+from less_cache.layer import SCORE_BLOCK
 from less_cache.training.options import Example
 from less_cache.training.simulate import Decode, attend, columns, roll
-
-QUERY_BLOCK = 32  # queries scored at once: their weights over a long prompt stay in the processor's cache
 
 
 class TrainingLayer(CacheLayerMixin):
@@ -106,13 +105,9 @@ class TeacherLayer(TrainingLayer):
             if start == 0 and policy.name in earlier:
                 start = earlier[policy.name].shape[-1]
                 scores[:, :, :start] = earlier[policy.name]
-            for first in range(start, p, QUERY_BLOCK):
-                rows = slice(first, min(first + QUERY_BLOCK, p))
-                logits = attention_logits(
-                    self.queries[:, :, rows], self.keys[:, :, : rows.stop], None, self.scaling, self.softcap
-                )
-                logits[..., first:].masked_fill_(column[first : rows.stop] > column[rows, None], -torch.inf)
-                weights = logits.softmax(dim=-1) if self.sinks is None else sparse_softmax(logits, self.sinks)[0]
+            for first in range(start, p, SCORE_BLOCK):
+                rows = slice(first, min(first + SCORE_BLOCK, p))
+                weights = causal_weights(self.queries[:, :, rows], self.keys, first, self.scaling, self.softcap, self.sinks)
                 scores[:, :, : rows.stop] = policy.observe(scores[:, :, : rows.stop], weights, column[rows].expand(b, -1))
             if policy.observed(counts, p) == p:
                 earlier[policy.name] = scores.clone()

@@ -1,6 +1,6 @@
 """`model.generate(**inputs, custom_generate="…", trust_remote_code=True, less_budget=128)`: generate with these kernels."""
 
-import sys
+import inspect
 
 from transformers import GenerationMixin
 
@@ -22,7 +22,7 @@ def generate(model, less_budget=None, less_kernels=None, revision=None, token=No
         raise LESSError("custom_generate makes a cache of its own. Pass past_key_values without custom_generate.")
     if less_kernels is None:
         # transformers does not hand over where this file came from; the `generate` that calls it knows.
-        less_kernels = sys._getframe(1).f_locals.get("custom_generate")
+        less_kernels = inspect.stack(context=0)[1].frame.f_locals.get("custom_generate")
     if less_kernels is None:
         raise LESSError("Expected less_kernels= to be the folder or repository of the kernels, got nothing.")
     cache = LESSCache.from_pretrained(less_kernels, model, budget=less_budget, revision=revision, token=token)
