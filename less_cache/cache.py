@@ -175,7 +175,7 @@ class LESSCache(Cache):
 
         Looks into the catalogue that is installed with the package, then on the Hub, for kernels of the model's weights,
         wherever they were loaded from; of a config, for kernels of its name. The log of `less_cache` and
-        `cache.kernels.source` say which were taken, one warning that there were none: then the policy works alone.
+        `cache.kernels.source` say which were taken, one warning that there were none: then the untrained state is used.
 
         Args:
             model: The model, or its config.

@@ -140,7 +140,9 @@ class LESSKernels(nn.Module):
 
     @classmethod
     def untrained(cls, model: PreTrainedModel | PreTrainedConfig, rank: int = 8) -> "LESSKernels":
-        """A state for a model that nobody has trained kernels for: `LayerCentroids`, of the bytes of rank `rank`."""
+        """A state for a model that nobody has trained kernels for: `LayerCentroids`, of the bytes of rank `rank`; for H2O
+        with 5 % of the prompt unless told otherwise.
+        """
         config = model if isinstance(model, PreTrainedConfig) else model.config
         if rank < 2 or rank % 2:
             raise LESSError(
@@ -151,9 +153,11 @@ class LESSKernels(nn.Module):
             rank=rank,
             layers=full_attention_layers(config),
             model_type=config.get_text_config(decoder=True).model_type,
+            policy={"name": "h2o", "heavy": 0.025, "recent": 0.025},
         )
         with torch.device("meta"):
             kernels = cls(described)
+        kernels.source = "untrained"
         kernels.layers = nn.ModuleDict({name: LayerCentroids(rank // 2) for name in kernels.layers})
         return kernels
 

@@ -1,4 +1,4 @@
-"""Which kernels belong to a model: from the installed catalogue, then from the Hub."""
+"""Which kernels belong to a model: from the installed catalogue, then from the Hub, then the untrained state."""
 
 import logging
 import warnings
@@ -16,7 +16,8 @@ logger = logging.getLogger(__name__)
 def kernels_for(model: PreTrainedModel | PreTrainedConfig, token: str | bool | None = None) -> LESSKernels | None:
     """Kernels trained for the model's weights, wherever they were loaded from; of a config, for the model of its name.
 
-    Says in the log where they come from. None, with one warning that has the reasons, where there are none.
+    Says in the log where they come from. Where there are none, the untrained state with one warning that has the reasons;
+    None for a model whose heads differ in size.
     """
     identity = fingerprint(model) if isinstance(model, PreTrainedModel) else None
     name = getattr(model, "name_or_path", None) or ""
@@ -43,9 +44,14 @@ def kernels_for(model: PreTrainedModel | PreTrainedConfig, token: str | bool | N
                 logger.log(level, "Kernels for %s: %s, found in %s (%s).", name or "this model", source, place, kernels.source)
                 return kernels
             reasons.append(f"{source} is for other weights ({described.base_model})")
+    untrained, used = None, "the policy alone is used, and forgets what it evicts"
+    try:
+        untrained, used = LESSKernels.untrained(model), "the untrained state is used, which remembers less than trained kernels"
+    except LESSError as error:  # heads of several sizes
+        reasons.append(str(error))
     warnings.warn(
-        f"No kernels for {name or 'this model'} in the catalogue or on the Hub: the policy alone is used, and forgets what it "
-        f"evicts. Train some with less-cache train. {'; '.join(reasons)}".strip(),
+        f"No kernels for {name or 'this model'} in the catalogue or on the Hub: {used}. Train some with less-cache train. "
+        f"{'; '.join(reasons)}".strip(),
         stacklevel=3,
     )
-    return None
+    return untrained

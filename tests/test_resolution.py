@@ -1,4 +1,4 @@
-"""From a model to its kernels: the catalogue first, then the Hub, then the policy alone with one warning."""
+"""From a model to its kernels: the catalogue first, then the Hub, then the untrained state with one warning."""
 
 import json
 import logging
@@ -85,10 +85,11 @@ def test_the_hub(hub, tmp_path, model, caplog, name):
 @pytest.mark.parametrize("offline, reason", [(False, "less-cache train"), (True, "HF_HUB_OFFLINE")])
 def test_no_kernels_is_one_warning(hub, monkeypatch, model, offline, reason):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
-    with pytest.warns(UserWarning, match=f"the policy alone is used.*{reason}") as caught:
+    with pytest.warns(UserWarning, match=f"the untrained state is used.*{reason}") as caught:
         cache = LESSCache.for_model(model, budget=0.25)
     assert len(caught) == 1 and caught[0].filename == __file__
-    assert cache.kernels is None and cache.policy == H2O.from_budget(0.25)
+    assert not cache.kernels.is_trained and cache.kernels.source == "untrained"
+    assert cache.policy == H2O.from_budget(0.25)
 
 
 def test_budget_is_the_kernels_policy_at_another_size(catalogued, model):
