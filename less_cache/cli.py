@@ -229,7 +229,10 @@ def measure() -> None:
 def perplexity(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder, .gguf file or Hub id.")],
     data: Annotated[list[Path], typer.Option(metavar="FILE", help="UTF-8 text; several share the sequences.")],
-    budgets: Annotated[list[int], typer.Option("--budget", metavar="TOKENS", help="Tokens that stay per KV head; repeatable.")],
+    budgets: Annotated[
+        list[str],
+        typer.Option("--budget", metavar="SIZE", help="Tokens that stay per KV head, or a share of the prompt; repeatable."),
+    ],
     kernels: Annotated[str | None, typer.Option(metavar="NAME", help="Folder or Hub id; without it, the policy alone.")] = None,
     policy: Annotated[str, typer.Option(metavar="NAME", help="Which tokens stay: h2o, sink_recent or corm.")] = "h2o",
     sequences: Annotated[int, typer.Option(min=1, help="Stretches of text, evenly spaced.")] = 16,
@@ -241,4 +244,5 @@ def perplexity(
     """Perplexity of text decoded token by token: full cache, policy, policy with the state's bytes, and LESS."""
     from less_cache.evaluation.command import run
 
-    run(model, kernels, policy, budgets, data, sequences, prompt_length, decoded, batch_size, output)
+    sizes = [parse_budget(budget) for budget in budgets]
+    run(model, kernels, policy, sizes, data, sequences, prompt_length, decoded, batch_size, output)

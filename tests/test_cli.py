@@ -60,7 +60,7 @@ def test_train_then_evaluate(model, text, tmp_path):
     assert LESSKernels.from_pretrained(tmp_path / "kernels").config.training["data"] == ["text.txt"]
 
     lengths = ("--sequences", 2, "--prompt-length", 40, "--decoded", 8)
-    budgets = ("--budget", 8, "--budget", 12)
+    budgets = ("--budget", 8, "--budget", 0.3)  # 30 % of 40
     result = run("eval", "perplexity", model, "--data", text, "--kernels", tmp_path / "kernels", *budgets, *lengths)
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout.splitlines()[-1])
@@ -101,6 +101,7 @@ BAD = {
     "training dataset": (("train", "MODEL", "--data", "./absent", "--output", "OUT"), "absent"),
     "training text": (("train", "MODEL", "--data", "absent.txt", "--output", "OUT"), "absent.txt"),
     "evaluated policy": (("eval", "perplexity", "MODEL", "--data", "TEXT", "--budget", "8", "--policy", "h3o"), "h3o"),
+    "evaluated budget": (("eval", "perplexity", "MODEL", "--data", "TEXT", "--budget", "1.5"), "got 1.5"),
     "evaluated text": (("eval", "perplexity", "MODEL", "--data", "absent.txt", "--budget", "8"), "absent.txt"),
     "too much text": (("eval", "perplexity", "MODEL", "--data", "TEXT", "--budget", "8"), "got 680 tokens"),
 }

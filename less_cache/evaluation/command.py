@@ -22,7 +22,7 @@ def run(
     model_name: str,
     kernels_name: str | None,
     policy_name: str,
-    budgets: list[int],
+    budgets: list[int | float],
     data: list[Path],
     sequences: int,
     prompt_length: int,
@@ -32,7 +32,10 @@ def run(
 ) -> None:
     """Measure every budget on the same text; print a table each, then all of it as one JSON line."""
     console = Console(highlight=False, stderr=True)
-    policies = [policy_class(policy_name).from_budget(budget) for budget in budgets]
+    make = policy_class(policy_name).from_budget
+    for budget in budgets:
+        make(budget)  # a wrong one is reported as it was given
+    policies = [make(budget if isinstance(budget, int) else max(2, round(budget * prompt_length))) for budget in budgets]
     kernels = LESSKernels.from_pretrained(kernels_name) if kernels_name else None
     for path in data:
         if not path.is_file():  # reported before the model is loaded
