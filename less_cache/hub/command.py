@@ -89,10 +89,11 @@ def draw(config: LESSConfig) -> bytes:
     figure = Figure(figsize=(4.5 * len(named), 3.5), layout="constrained")
     for index, (label, report) in enumerate(named.items(), start=1):
         axes = figure.add_subplot(1, len(named), index, title=label, xlabel="MB a sequence", ylabel="perplexity")
-        rows = [row for rows in report["results"] for row in rows]
-        axes.axhline(rows[0]["perplexity"], color="grey", linestyle="--", label="full cache")
-        for cache in ("policy", "baseline+", "less"):
-            points = sorted((row["bytes"] / 1e6, row["perplexity"]) for row in rows if row["cache"] == cache)
+        axes.axhline(report["results"][0][0]["perplexity"], color="grey", linestyle="--", label="full cache")
+        for cache in ("policy", "baseline+", "untrained", "less"):
+            measured = [[row for row in rows if row["cache"] == cache] for rows in report["results"]]  # one list a budget
+            best = [min(rows, key=lambda row: row["perplexity"]) for rows in measured if rows]
+            points = sorted((row["bytes"] / 1e6, row["perplexity"]) for row in best)
             if points:
                 axes.plot(*zip(*points, strict=True), marker="o", label=cache)
         axes.legend()
