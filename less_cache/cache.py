@@ -23,10 +23,8 @@ from less_cache.families import (
 )
 from less_cache.kernels import LESSKernels
 from less_cache.layer import LESSLayer
-from less_cache.policies import H2O, EvictionPolicy, policy_class, policy_from_dict
+from less_cache.policies import H2O, USUAL_BUDGET, EvictionPolicy, policy_class, policy_from_dict
 from less_cache.resolution import kernels_for
-
-USUAL_BUDGET = 0.05  # of the prompt, where neither the caller nor kernels say
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,6 +21,7 @@ from less_cache.errors import LESSError
 from less_cache.families import full_attention_layers, geometry
 from less_cache.hub import client, files, publish
 from less_cache.memory import LayerMemory
+from less_cache.policies import H2O, USUAL_BUDGET
 from less_cache.state import LowRankState
 
 
@@ -153,7 +154,7 @@ class LESSKernels(nn.Module):
             rank=rank,
             layers=full_attention_layers(config),
             model_type=config.get_text_config(decoder=True).model_type,
-            policy={"name": "h2o", "heavy": 0.025, "recent": 0.025},
+            policy=H2O.from_budget(USUAL_BUDGET).to_dict(),
         )
         with torch.device("meta"):
             kernels = cls(described)

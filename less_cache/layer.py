@@ -437,12 +437,11 @@ class LESSLayer(CacheLayerMixin):
         if real is not None and not bool(real[:, n - observed :].all()):
             observed = n  # the last real queries of a row may come before padding
         outputs = []
+        first = n - observed if is_first else 0  # of the queries to go through
         if is_first and call.attention_mask is None:
-            self._score_prompt(call, scores, new_positions, n - observed)
-            rest = range(0)
-        else:
-            rest = range(n - observed if is_first else 0, n, QUERY_BLOCK)
-        for start in rest:
+            self._score_prompt(call, scores, new_positions, first)
+            first = n
+        for start in range(first, n, QUERY_BLOCK):
             rows = slice(start, min(start + QUERY_BLOCK, n))
             visible = self._visible(call.attention_mask, tokens, rows, g)  # [b, g, rows, c up to what the last row may see]
             seen_columns = slice(0, visible.shape[-1])

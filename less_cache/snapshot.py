@@ -2,8 +2,6 @@
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from less_cache.errors import LESSError
+from less_cache.hub.files import replace
 from less_cache.version import __version__
 
 FORMAT_VERSION = 1
@@ -35,14 +34,7 @@ def write(path: Path, header: dict, tensors: Mapping[str, torch.Tensor]) -> None
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     text = json.dumps({"format_version": FORMAT_VERSION, "less_cache_version": __version__, **header})
     content = save(tensors, metadata={"format": "pt", HEADER: text, DIGEST: digest(tensors, text)})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".saving-") as folder:
-        draft = Path(folder) / path.name
-        with open(draft, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(draft, path)
+    replace(path.parent, {path.name: content})
 
 
 def read(path: Path) -> tuple[dict, dict[str, torch.Tensor]]:

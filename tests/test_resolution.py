@@ -112,3 +112,10 @@ def test_the_catalogue_is_what_the_folders_say():
     entries = json.loads((HUB / "catalogue.json").read_text())
     listed = {(name, entry["fingerprint"], entry["folder"]) for name, sets in entries.items() for entry in sets}
     assert described and listed == described
+
+
+def test_published_code_is_the_package_s():
+    copies = list(HUB.glob("*/custom_generate/*"))
+    assert copies
+    for path in copies:
+        assert path.read_bytes() == (publish.CUSTOM_GENERATE / path.name).read_bytes()

@@ -184,7 +184,7 @@ def test_a_failed_save_leaves_the_earlier_file(prompt, tmp_path, monkeypatch):
     def full_disk(*_):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("less_cache.snapshot.os.replace", full_disk)
+    monkeypatch.setattr("os.replace", full_disk)
     with pytest.raises(OSError, match="no space"):
         LESSCache(model, POLICIES[0]).save(path)
     assert path.read_bytes() == before

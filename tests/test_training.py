@@ -332,18 +332,23 @@ def test_a_loss_that_is_not_finite_keeps_the_finished_layers(tmp_path, monkeypat
 
 
 def test_a_full_disk_keeps_the_finished_layers(tmp_path, monkeypatch):
-    real_save, saved = torch.save, []
+    """Full from the second checkpoint on."""
+    real_replace, checkpoints = os.replace, []
 
-    def save(*args, **kwargs):
-        if saved:
+    def replace(source, target):
+        if Path(target).name == "joint.pt":
+            checkpoints.append(target)
+        if len(checkpoints) > 1:
             raise OSError(28, "No space left on device")
-        saved.append(real_save(*args, **kwargs))
+        real_replace(source, target)
 
-    monkeypatch.setattr(torch, "save", save)
+    monkeypatch.setattr(os, "replace", replace)
     with pytest.raises(LESSError, match="No space left on device"):
         train(tiny.tiny_llama(), sampler(), TINY, tmp_path / "full")
-    monkeypatch.setattr(torch, "save", real_save)
-    assert not list((tmp_path / "full").rglob("*.partial"))
+    monkeypatch.setattr(os, "replace", real_replace)
+    work = tmp_path / "full" / "work"
+    assert {path.name for path in work.iterdir()} == {"run.json", "layers", "joint.pt"}
+    assert len(list((work / "layers").iterdir())) == 2
     assert equal(
         train(tiny.tiny_llama(), sampler(), TINY, tmp_path / "full"),
         train(tiny.tiny_llama(), sampler(), TINY, tmp_path / "whole"),

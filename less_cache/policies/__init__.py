@@ -8,6 +8,7 @@ from less_cache.policies.corm import CORM
 from less_cache.policies.h2o import H2O
 from less_cache.policies.sink_recent import SinkRecent
 
+USUAL_BUDGET = 0.05  # of the prompt, where nobody says
 POLICIES: dict[str, type[EvictionPolicy]] = {
     "h2o": H2O,
     "sink_recent": SinkRecent,

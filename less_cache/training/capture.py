@@ -81,7 +81,6 @@ class CaptureLayer(TeacherLayer):
     def attend(self, original: Callable, module: torch.nn.Module, *args, **kwargs):
         result = super().attend(original, module, *args, **kwargs)
         decoded = []
-        scores: torch.Tensor | None = None
         for example, scores in zip(self.examples, self.scores_after(self.examples), strict=True):
             span = slice(example.prompt_length, example.prompt_length + self.steps)
             decoded.append(Decoded(scores[0], self.queries[0, :, span], self.outputs[0, span].transpose(0, 1)))
@@ -102,10 +101,10 @@ def capture(
     folder: Path,
     layers: list[int],
     sequences: list[int],
-    advance: Callable[[], object],
+    advance: Callable[[int], object],
 ) -> None:
     """Write the shards of `sequences` for `layers`; a sequence whose shards are all there is passed over."""
-    for sequence in sequences:
+    for done, sequence in enumerate(sequences, start=1):
         folders = {layer_idx: layer_folder(folder, layer_idx) for layer_idx in layers}
         if not all(shard_path(path, sequence).exists() for path in folders.values()):
             examples = draw_examples(options, STAGE, sequence)
@@ -116,7 +115,7 @@ def capture(
                 cache.layers[layer_idx] = CaptureLayer(path, sequence, examples, options.decoded)
             tokens = sampler.batch(1, length, generator).to(model.device)
             model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        advance()
+        advance(done)
 
 
 def layer_folder(folder: Path, layer_idx: int) -> Path:

@@ -1,35 +1,28 @@
-"""Files that are whole or absent."""
+"""Files of a run: whole or absent, and one error where the disk is full."""
 
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from less_cache.errors import LESSError
+from less_cache.hub.files import replace
 
 
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """`write` to a draft beside `path`, then put it in its place: a reader never sees half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}.partial")
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file in one atomic step."""
     try:
-        write(draft)
-        with draft.open("rb") as file:
-            os.fsync(file.fileno())
-        draft.replace(path)
-    except Exception as error:  # a full disk shows in as many types as there are writers
+        replace(path.parent, {path.name: content})
+    except OSError as error:
         raise LESSError(f"Cannot write {path} ({error}). What was finished before stays: the same command goes on.") from error
-    finally:
-        draft.unlink(missing_ok=True)
 
 
 def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """A safetensors file, in one atomic step."""
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_whole(path, lambda draft: save_file(contiguous, draft, metadata=dict(metadata or {})))
+    write_whole(path, save(contiguous, metadata=dict(metadata or {})))
 
 
 def load_tensors(path: Path, device: torch.device | str = "cpu") -> tuple[dict[str, torch.Tensor], dict[str, str]]:

@@ -111,7 +111,7 @@ def train_layer(
     options: TrainingOptions,
     kernels: LayerKernels,
     device: torch.device,
-    advance: Callable[[float], object] = lambda loss: None,
+    advance: Callable[[int, float], object] = lambda done, loss: None,
 ) -> LayerRecord:
     """Fit `kernels`, in place, to the shards in `folder`. A function of the shards, the options and `layer_idx`."""
     kernels.to(device).requires_grad_(True)
@@ -139,7 +139,7 @@ def train_layer(
         torch.nn.utils.clip_grad_norm_(kernels.parameters(), 1.0)
         optimizer.step()
         losses.append(loss.item())
-        advance(losses[-1])
+        advance(len(losses), losses[-1])
     kernels.requires_grad_(False)
     return LayerRecord(layer_idx, before, task.error_left(held_out), losses)
 

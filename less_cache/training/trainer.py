@@ -9,6 +9,7 @@ bytes.
 """
 
 import dataclasses
+import io
 import json
 import shutil
 from pathlib import Path
@@ -22,7 +23,7 @@ from less_cache.config import LESSConfig
 from less_cache.errors import LESSError
 from less_cache.families import check_supported, fingerprint, full_attention_layers, geometry
 from less_cache.kernels import LESSKernels
-from less_cache.policies import policy_class
+from less_cache.policies import USUAL_BUDGET, policy_class
 from less_cache.training.capture import capture, layer_folder
 from less_cache.training.data import TokenSampler
 from less_cache.training.files import write_whole
@@ -33,7 +34,6 @@ from less_cache.training.processes import Processes
 
 WORK_NAME = "work"
 LOG_NAME = "training_log.json"
-USUAL_BUDGET = 0.05  # of the prompt: what a cache with these kernels keeps unless told otherwise
 
 
 class Report(Protocol):
@@ -111,7 +111,7 @@ class _Run:
                 "layers": [dataclasses.asdict(record) for record in records],
                 "joint": losses,
             }
-            write_whole(self.output / LOG_NAME, lambda draft: draft.write_text(json.dumps(log) + "\n"))
+            write_whole(self.output / LOG_NAME, (json.dumps(log) + "\n").encode())
         self.processes.wait()
         return kernels
 
@@ -120,7 +120,7 @@ class _Run:
         path = self.work / "run.json"
         run = json.dumps({"options": dataclasses.asdict(self.options), "model": self.kernels.config.base_model_fingerprint})
         if self.processes.is_first and not path.exists():
-            write_whole(path, lambda draft: draft.write_text(run))
+            write_whole(path, run.encode())
         self.processes.wait()
         if (found := path.read_text()) != run:
             raise LESSError(
@@ -151,7 +151,6 @@ class _Run:
 
     def capture(self) -> None:
         mine = self.processes.share(range(self.options.sequences))
-        done = iter(range(1, len(mine) + 1))
         capture(
             self.model,
             self.sampler,
@@ -159,12 +158,11 @@ class _Run:
             self.work / "capture",
             self.kernels.config.layers,
             mine,
-            lambda: self.report("capture", next(done), len(mine)),
+            lambda done: self.report("capture", done, len(mine)),
         )
         self.processes.wait()
 
     def train_layer(self, layer_idx: int, path: Path) -> None:
-        done = iter(range(1, self.options.layerwise_steps + 1))
         kernels = self.kernels.for_layer(layer_idx)
         record = train_layer(
             layer_folder(self.work / "capture", layer_idx),
@@ -172,7 +170,7 @@ class _Run:
             self.options,
             kernels,
             self.model.device,
-            lambda loss: self.report(f"layer {layer_idx}", next(done), self.options.layerwise_steps, loss),
+            lambda done, loss: self.report(f"layer {layer_idx}", done, self.options.layerwise_steps, loss),
         )
         save_layer(path, kernels, record)
 
@@ -188,5 +186,7 @@ class _Run:
             if self.processes.is_first and (
                 stage.step % self.options.checkpoint_every == 0 or stage.step == self.options.joint_steps
             ):
-                write_whole(path, lambda draft: torch.save(stage.state_dict(), draft))
+                checkpoint = io.BytesIO()
+                torch.save(stage.state_dict(), checkpoint)
+                write_whole(path, checkpoint.getvalue())
         return stage.losses
