@@ -22,8 +22,8 @@ from less_cache.hub.files import CONFIG_NAME, WEIGHTS_NAME
 FIXTURES = Path(__file__).parent / "fixtures"
 
 
-def small_kernels(seed: int = 0) -> LESSKernels:
-    return tiny_kernels(tiny_llama(), rank=2, hidden_size=4, seed=seed)
+def small_kernels(seed: int = 0, rank: int | list[int] = 2, hidden_size: int | list[int] = 4) -> LESSKernels:
+    return tiny_kernels(tiny_llama(), rank, hidden_size, seed)
 
 
 @pytest.fixture
@@ -100,6 +100,14 @@ def test_a_config_without_digest_is_taken(folder):
     LESSKernels.from_pretrained(folder)
 
 
+def test_sizes_by_layer_come_back(tmp_path):
+    small_kernels(rank=[2, 6], hidden_size=[8, 4]).save_pretrained(tmp_path)
+    loaded = LESSKernels.from_pretrained(tmp_path)
+    assert (loaded.config.rank, loaded.config.hidden_size) == ([2, 6], [8, 4])
+    for name, tensor in small_kernels(rank=[2, 6], hidden_size=[8, 4]).state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor)
+
+
 def test_saved_over_the_files_that_it_came_from(folder):
     kernels = LESSKernels.from_pretrained(folder)
     before = contents(folder)
@@ -131,11 +139,12 @@ def test_a_number_beyond_float16_is_not_saved(tmp_path):
 
 @pytest.mark.parametrize("version", range(1, FORMAT_VERSION + 1))
 def test_every_format_keeps_loading(version):
-    """`tests/fixtures/format-1` was saved by 0.1.0 and is never written again."""
+    """`tests/fixtures/format-*` were saved by the first version that wrote the format and are never written again."""
     kernels = LESSKernels.from_pretrained(FIXTURES / f"format-{version}")
     assert kernels.config.format_version == version
     assert kernels.config.policy == {"name": "h2o", "heavy": 0.25, "recent": 8}
-    expected = small_kernels(seed=version).state_dict()
+    sizes = {} if version == 1 else {"rank": [2, 3], "hidden_size": [5, 4]}
+    expected = small_kernels(seed=version, **sizes).state_dict()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in kernels.state_dict().items())
 
 
@@ -249,8 +258,11 @@ DAMAGES = {
     "config is binary": (lambda folder: (folder / CONFIG_NAME).write_bytes(b"\xff\xfe\x00"), CONFIG_NAME),
     "config is cut": (lambda folder: (folder / CONFIG_NAME).write_text('{"rank": 2'), rf"{CONFIG_NAME}: expected JSON"),
     "unknown key": (config_damage(alpha=1), r"unknown keys \['alpha'\]"),
-    "newer format": (config_damage(format_version=2), "pip install -U 'less-cache>="),
+    "newer format": (config_damage(format_version=FORMAT_VERSION + 1), "pip install -U 'less-cache>="),
     "other rank": (config_damage(rank=3), r"query_out: expected shape \[4, 4, 3\], got \[4, 4, 2\]"),
+    "other ranks": (config_damage(rank=[2, 3]), r"layers\.1\.query_out: expected shape \[4, 4, 3\], got \[4, 4, 2\]"),
+    "other hidden sizes": (config_damage(hidden_size=[9, 4]), r"layers\.0\.query_in: expected shape \[4, 8, 9\]"),
+    "a rank too many": (config_damage(rank=[2, 2, 2]), "expected rank to be an int .*, or a list with one for each of the 2"),
     "more layers": (config_damage(layers=None, num_hidden_layers=3), "7 tensors are missing, the first is 'layers.2.key_in'"),
     "fewer layers": (config_damage(layers=[0]), "7 unexpected tensors, the first is 'layers.1.key_in'"),
     "huge sizes": (config_damage(hidden_size=10**6, head_dim=10**6, rank=10**6), "expected shape"),

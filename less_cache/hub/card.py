@@ -96,8 +96,8 @@ def _sections(config: LESSConfig, name: str, weights: str, plot: bool) -> list[s
     lines = [
         f"# LESS kernels for {base.split('/')[-1]}, trained with {trained_with}",
         "",
-        f"φ and ψ that let a less-cache read what {trained_with} evicts: R = {config.rank}, hidden size {config.hidden_size}, "
-        f"{len(config.layers or [])} layers, {weights}.",
+        f"φ and ψ that let a less-cache read what {trained_with} evicts: R = {_span(config.ranks)}, "
+        f"hidden size {_span(config.hidden_sizes)}, {len(config.layers or [])} layers, {weights}.",
         "",
         "```python",
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
@@ -157,6 +157,12 @@ def _command(base: str, name: str, report: dict) -> list[str]:
     options += [f"--{key.replace('_', '-')} {report[key]}" for key in ("sequences", "prompt_length", "decoded")]
     command = [f"less-cache eval perplexity {base} --kernels {name} --policy {policy}", " ".join(options)]
     return ["```bash", " \\\n    ".join(command), "```"]
+
+
+def _span(sizes: list[int]) -> str:
+    """One number where all layers agree."""
+    least, most = min(sizes, default=0), max(sizes, default=0)
+    return f"{least}" if least == most else f"{least} to {most} by layer"
 
 
 def _counts(policy: dict) -> str:
