@@ -423,7 +423,7 @@ def test_ranks_by_layer(tmp_path):
     assert torch.equal(model(last, past_key_values=more).logits, model(last, past_key_values=loaded).logits)
 
     wider = tiny_kernels(model, rank=6, hidden_size=8)
-    for index, (rank, hidden_size) in enumerate(((2, 8), (6, 4))):
+    for index in range(2):
         layer, part = wider.for_layer(index), kernels.for_layer(index)
         for tensor, smaller in zip(layer.parameters(), part.parameters(), strict=True):
             tensor.data.zero_()[tuple(slice(size) for size in smaller.shape)] = smaller.data

@@ -82,6 +82,14 @@ def test_the_hub(hub, tmp_path, model, caplog, name):
 
 
 @pytest.mark.usefixtures("nothing_catalogued")
+@pytest.mark.parametrize("failure", [{"hang": True}, {"status": 500}, {"status": 429}, {"cut_at": 0}], ids=str)
+def test_a_hub_that_does_not_answer_is_a_reason(hub, model, failure):
+    model.name_or_path = "org/tiny"
+    with hub.failing(".*", **failure), pytest.warns(UserWarning, match="The search for kernels on the Hub: "):
+        assert not LESSCache.for_model(model).kernels.is_trained
+
+
+@pytest.mark.usefixtures("nothing_catalogued")
 @pytest.mark.parametrize("offline, reason", [(False, "less-cache train"), (True, "HF_HUB_OFFLINE")])
 def test_no_kernels_is_one_warning(hub, monkeypatch, model, offline, reason):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
