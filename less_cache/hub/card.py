@@ -85,7 +85,7 @@ def _problem(report: dict) -> str | None:
             if not isinstance(row, dict) or (row.get("cache") == "full") != (index == 0):
                 return f"row {row!r}, where {'the full cache' if index == 0 else 'another cache'} stands"
             policy = row.get("policy") if index else {"name": "none"}
-            numbers = [row.get("perplexity"), row.get("bytes")]
+            numbers: list = [row.get("perplexity"), row.get("bytes")]
             numbers += [row["gap_recovered"]] if row.get("gap_recovered") is not None else []
             numbers += [count for key, count in policy.items() if key != "name"] if isinstance(policy, dict) else []
             if (
