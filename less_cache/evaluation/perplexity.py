@@ -67,8 +67,8 @@ def measure(
     """
 
     def run(name: str, make: Callable[[], Cache], used: EvictionPolicy | None) -> Measurement:
-        perplexity, held = _perplexity(model, tokens, make, prompt_length, batch_size, advance)
-        return Measurement(name, used.to_dict() if used is not None else None, perplexity, held)
+        measured, held = perplexity(model, tokens, make, prompt_length, batch_size, advance)
+        return Measurement(name, used.to_dict() if used is not None else None, measured, held)
 
     def less(used: EvictionPolicy, state: LESSKernels | None) -> Callable[[], Cache]:
         return lambda: LESSCache(model.config, policy=used, kernels=state)
@@ -105,7 +105,7 @@ def with_state_bytes(policy: EvictionPolicy, kernels: LESSKernels, itemsize: int
     return dataclasses.replace(policy, **{count: getattr(policy, count) + tokens})
 
 
-def _perplexity(
+def perplexity(
     model: PreTrainedModel,
     tokens: torch.Tensor,
     make: Callable[[], Cache],
