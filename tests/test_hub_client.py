@@ -343,5 +343,6 @@ def test_two_processes_at_once(hub, tmp_path):
         assert same(LESSKernels.from_pretrained(REPO))
         assert result.get(timeout=60)
         second.join()
+    assert len(hub.requests("GET .*safetensors")) == 1, "one waits for the other"
     assert not list(tmp_path.rglob("*.incomplete"))
     assert same(LESSKernels.from_pretrained(REPO))

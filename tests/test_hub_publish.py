@@ -203,8 +203,15 @@ def test_card_is_valid_by_the_hub_s_own_validation(hub):
     if huggingface_hub.__version__ < "2":
         pytest.skip("the old client validates on the public Hub only")
     ModelCard(render(license="apache-2.0")).validate()
-    with pytest.raises(ValueError):
-        ModelCard("---\nbase_model: /local\n---\n").validate()
+    for wrong in (
+        "base_model: /local",
+        "tags: [5]",
+        "model-index: [{name: a, results: [{task: {type: b}}]}]",
+        "license: [mit]",
+    ):
+        with pytest.raises(ValueError):
+            ModelCard(f"---\n{wrong}\n---\n").validate()
+    assert hub.requests("POST /api/validate-yaml")
 
 
 def test_card_s_metadata():
