@@ -1,6 +1,6 @@
 # make demo   set everything up and run the demo
 # make test   set everything up and pass the tests
-# make test-oldest   the same with the oldest supported torch and transformers
+# make test-oldest   the same with the oldest supported torch, transformers and huggingface_hub
 # Another interpreter or folder: make test PYTHON=python3.12 VENV=other-env
 
 PYTHON ?= python3

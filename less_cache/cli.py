@@ -58,7 +58,7 @@ def parse_budget(text: str) -> int | float:
 def demo(
     model: Annotated[str, typer.Option(metavar="NAME", help="Folder, .gguf file or Hub id.")] = DEFAULT_MODEL,
     kernels: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Folder or Hub id, or 'none'. Default: this model's folder in hub/.")
+        str | None, typer.Option(metavar="NAME", help="Folder or Hub id, or 'none'. Default: the catalogue's for this model.")
     ] = None,
     policy: Annotated[str, typer.Option(metavar="NAME", help="Which tokens stay: h2o, sink_recent or corm.")] = "h2o",
     budget: Annotated[

@@ -7,7 +7,7 @@ import re
 from less_cache.errors import LESSError
 from less_cache.version import __version__
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1: one rank and one hidden size for all layers; 2: or one a layer
 MOST_LAYERS = 10_000  # far beyond any model; a config that claims more would only fill the memory
 
 
@@ -20,8 +20,8 @@ class LESSConfig:
         num_attention_heads: Query heads per layer.
         num_key_value_heads: KV heads per layer.
         head_dim: Dimension of one head.
-        rank: R, rows of the state.
-        hidden_size: Hidden size of φ and ψ.
+        rank: R, rows of the state: one number, or a list with one for each entry of `layers`.
+        hidden_size: Hidden size of φ and ψ; as `rank`.
         layers: Indices of the layers that have kernels; default: all.
         model_type: `model_type` of the base model's config.
         base_model: Name of the base model.
@@ -31,15 +31,18 @@ class LESSConfig:
         metrics: Measured figures.
         sha256: Digest of the weights file, hex.
         less_cache_version: Version that wrote the files.
-        format_version: Version of the file format.
+        format_version: The oldest file format that can say all this; follows from the rest.
+
+    >>> LESSConfig(num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=16, rank=[4, 4, 8]).ranks
+    [4, 4, 8]
     """
 
     num_hidden_layers: int
     num_attention_heads: int
     num_key_value_heads: int
     head_dim: int
-    rank: int = 8
-    hidden_size: int = 512
+    rank: int | list[int] = 8
+    hidden_size: int | list[int] = 512
     layers: list[int] | None = None
     model_type: str | None = None
     base_model: str | None = None
@@ -49,12 +52,11 @@ class LESSConfig:
     metrics: dict = dataclasses.field(default_factory=dict)
     sha256: str | None = None
     less_cache_version: str = __version__
-    format_version: int = FORMAT_VERSION
+    format_version: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "rank", "hidden_size"):
-            size = getattr(self, name)
-            if isinstance(size, bool) or not isinstance(size, int) or not 1 <= size <= 1_000_000:
+        for name in ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim"):
+            if not _is_size(size := getattr(self, name)):
                 raise LESSError(f"LESSConfig: expected {name} to be an int in 1 … 1,000,000, got {size!r}.")
         if self.num_hidden_layers > MOST_LAYERS:
             raise LESSError(
@@ -72,6 +74,19 @@ class LESSConfig:
             raise LESSError(f"LESSConfig: expected layers to be indices below {self.num_hidden_layers}, got {self.layers!r}.")
         if len(set(indices)) != len(indices):
             raise LESSError(f"LESSConfig: expected layers to name each layer once, got {self.layers!r}.")
+        self.format_version = 1
+        for name in ("rank", "hidden_size"):
+            sizes = getattr(self, name)
+            each = sizes if isinstance(sizes, list) else [sizes]
+            if not all(map(_is_size, each)) or (isinstance(sizes, list) and (not sizes or len(sizes) != len(indices))):
+                raise LESSError(
+                    f"LESSConfig: expected {name} to be an int in 1 … 1,000,000, or a list with one for each of the "
+                    f"{len(indices)} layers, got {sizes!r}."
+                )
+            if len(set(each)) > 1:
+                self.format_version = 2
+            else:
+                setattr(self, name, each[0])
         for name in ("training", "metrics"):
             if not isinstance(getattr(self, name), dict):
                 raise LESSError(f"LESSConfig: expected {name} to be a JSON object, got {getattr(self, name)!r}.")
@@ -84,6 +99,19 @@ class LESSConfig:
             raise LESSError(f"LESSConfig: expected less_cache_version to be a string, got {self.less_cache_version!r}.")
         if self.sha256 is not None and not (isinstance(self.sha256, str) and re.fullmatch("[0-9a-f]{64}", self.sha256)):
             raise LESSError(f"LESSConfig: expected sha256 to be 64 hex digits, got {self.sha256!r}.")
+
+    @property
+    def ranks(self) -> list[int]:
+        """`rank` of each entry of `layers`."""
+        return self._each(self.rank)
+
+    @property
+    def hidden_sizes(self) -> list[int]:
+        """`hidden_size` of each entry of `layers`."""
+        return self._each(self.hidden_size)
+
+    def _each(self, size: int | list[int]) -> list[int]:
+        return size if isinstance(size, list) else [size] * len(self.layers or [])
 
     def to_json(self) -> str:
         """JSON text, one key a line."""
@@ -101,9 +129,10 @@ class LESSConfig:
         written_by = entries.get("less_cache_version", "an unknown version")
         known = isinstance(written_by, str) and re.fullmatch(r"[\w.+]+", written_by)  # it goes into a command
         upgrade = f"pip install -U 'less-cache>={written_by}'" if known else "pip install -U less-cache"
-        if entries.get("format_version", FORMAT_VERSION) != FORMAT_VERSION:
+        version = entries.get("format_version", 1)
+        if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
             raise LESSError(
-                f"less_config.json: expected format_version {FORMAT_VERSION}, got {entries['format_version']!r}, "
+                f"less_config.json: expected format_version 1 to {FORMAT_VERSION}, got {version!r}, "
                 f"written by less-cache {written_by}; this is {__version__}. Upgrade: {upgrade}"
             )
         unknown = sorted(set(entries) - {field.name for field in dataclasses.fields(cls)})
@@ -116,3 +145,7 @@ class LESSConfig:
             return cls(**entries)
         except TypeError as error:
             raise LESSError(f"less_config.json: an entry is missing: {str(error).split('__init__() ')[-1]}.") from error
+
+
+def _is_size(size: object) -> bool:
+    return type(size) is int and 1 <= size <= 1_000_000

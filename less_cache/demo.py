@@ -22,6 +22,8 @@ from transformers import DynamicCache, TextStreamer
 
 from less_cache import POLICIES, LESSCache, LESSError, LESSKernels, models
 from less_cache.evaluation.perplexity import with_state_bytes
+from less_cache.families import fingerprint
+from less_cache.hub import catalogue
 
 TEXT = Path(__file__).parent / "data" / "pride-and-prejudice-chapter-19.txt"
 TAIL = 24  # tokens of the prompt that are shown before what was generated
@@ -58,10 +60,11 @@ def run(
     from_budget = POLICIES[policy_name].from_budget
     from_budget(budget)  # a wrong budget is reported before the model is loaded
     text = read_text(prompt_file or TEXT)
-    kernels_name = kernels_name or find_kernels(model_name, policy_name)
-    kernels = LESSKernels.from_pretrained(kernels_name) if kernels_name != "none" else None
+    kernels = LESSKernels.from_pretrained(kernels_name) if kernels_name not in (None, "none") else None
 
     model, tokenizer = load(console, model_name)
+    if kernels_name is None:
+        kernels = find_kernels(model, policy_name)
     tokens = tokenize(tokenizer, text, model.config)
     if prompt_tokens is None and kernels is not None:
         prompt_tokens = max(kernels.config.training.get("prompts", [len(tokens)]))
@@ -73,7 +76,8 @@ def run(
     console.print(f"[bold]model[/]    {model_name}")
     console.print(f"[bold]text[/]     {(prompt_file or TEXT).name}: {prompt_length:,} tokens, and {SCORED} held out")
     console.print(f"[bold]policy[/]   {policy}")
-    console.print(f"[bold]kernels[/]  {kernels_name}" + ("" if kernels else ": only the full cache and the policy are shown"))
+    where = shown(kernels) if kernels is not None else "none: only the full cache and the policy are shown"
+    console.print(f"[bold]kernels[/]  {where}")
 
     contenders = {"full cache": DynamicCache(config=model.config), f"{policy_name} alone": LESSCache(model, policy)}
     if kernels is not None:
@@ -104,14 +108,18 @@ def load(console: Console, model_name: str) -> tuple[Any, Any]:
         return models.load(model_name)
 
 
-def find_kernels(model_name: str, policy_name: str) -> str:
-    """The folder `hub/<model>-<policy>` of this checkout, or the one that was trained with H2O, or "none"."""
-    for root in (Path.cwd(), Path(__file__).parents[1]):
-        for trained_with in (policy_name, "h2o"):
-            folder = root / "hub" / f"{Path(model_name).name.lower()}-{trained_with}"
-            if folder.is_dir():
-                return str(folder.relative_to(root) if root == Path.cwd() else folder)
-    return "none"
+def find_kernels(model: Any, policy_name: str) -> LESSKernels | None:
+    """The catalogue's kernels for the model's weights: those trained with the policy, or else the first; None without any."""
+    sources = catalogue.find(None, fingerprint(model))
+    local = [source for source in sources if Path(source).is_dir()]
+    found = [LESSKernels.from_pretrained(source) for source in local or sources]
+    return next(iter(sorted(found, key=lambda kernels: (kernels.config.policy or {}).get("name") != policy_name)), None)
+
+
+def shown(kernels: LESSKernels) -> str:
+    """Where kernels came from, as a path from here where that is shorter."""
+    source = Path(kernels.source or "").resolve()
+    return str(source.relative_to(Path.cwd()) if source.is_relative_to(Path.cwd()) else source)
 
 
 def tokenize(tokenizer: Any, text: str, config: Any) -> torch.Tensor:

@@ -131,10 +131,8 @@ class LESSKernels(nn.Module):
         self.source: str | None = None  # the folder that they were loaded from; in the Hub's cache it names the commit
         self.layers = nn.ModuleDict(
             {
-                str(index): LayerKernels(
-                    config.num_attention_heads, config.num_key_value_heads, config.head_dim, config.hidden_size, config.rank
-                )
-                for index in config.layers or []
+                str(index): LayerKernels(config.num_attention_heads, config.num_key_value_heads, config.head_dim, m, r)
+                for index, m, r in zip(config.layers or [], config.hidden_sizes, config.ranks, strict=True)
             }
         )
         self.requires_grad_(False)
@@ -229,12 +227,13 @@ class LESSKernels(nn.Module):
         """
         folder = client.find(folder_or_repo, revision=revision, token=token)
         config = files.read_config(folder)
-        shapes = LayerKernels.shapes(
-            config.num_attention_heads, config.num_key_value_heads, config.head_dim, config.hidden_size, config.rank
-        )
-        tensors = files.read_tensors(
-            folder, config, {f"layers.{index}.{name}": shape for index in config.layers or [] for name, shape in shapes.items()}
-        )
+        h, g, d = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        shapes = {
+            f"layers.{index}.{name}": shape
+            for index, m, r in zip(config.layers or [], config.hidden_sizes, config.ranks, strict=True)
+            for name, shape in LayerKernels.shapes(h, g, d, m, r).items()
+        }
+        tensors = files.read_tensors(folder, config, shapes)
         with torch.device("meta"):  # no allocation, no random numbers drawn from the user's generator
             kernels = cls(config)
         kernels.load_state_dict(tensors, assign=True)
@@ -257,18 +256,13 @@ class LESSKernels(nn.Module):
         converted = [_convert_official(index, layer) for index, layer in enumerate(layers)]
         if not converted:
             raise LESSError("LESSKernels.from_official: expected one state dict a layer, got none.")
-        h, d, m = converted[0]["query_in"].shape
-        g, r = converted[0]["key_scale"].shape
-        config = LESSConfig(
-            num_hidden_layers=len(converted),
-            num_attention_heads=h,
-            num_key_value_heads=g,
-            head_dim=d,
-            rank=r,
-            hidden_size=m,
-        )
-        expected = LayerKernels.shapes(h, g, d, m, r)
+        h, d, _ = converted[0]["query_in"].shape
+        g = converted[0]["key_scale"].shape[0]
+        ranks = [tensors["key_scale"].shape[-1] for tensors in converted]
+        hidden_sizes = [tensors["query_in"].shape[-1] for tensors in converted]
+        config = LESSConfig(len(converted), h, g, d, rank=ranks, hidden_size=hidden_sizes)
         for index, tensors in enumerate(converted):
+            expected = LayerKernels.shapes(h, g, d, hidden_sizes[index], ranks[index])
             for name, tensor in tensors.items():
                 if tensor.shape != expected[name]:
                     raise LESSError(

@@ -54,6 +54,7 @@ def hub(monkeypatch, tmp_path):
         for name, value in values.items():
             monkeypatch.setattr(constants, name, value)
         monkeypatch.setattr(huggingface_hub.file_download, "_ETAG_RETRY_TIMEOUT", 0.2)
+        monkeypatch.setattr("less_cache.hub.client.PATIENCE", 0.5)
         monkeypatch.setattr("time.sleep", lambda seconds: None)  # between the client's attempts
         monkeypatch.delenv("HF_TOKEN", raising=False)
         yield server

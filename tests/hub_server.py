@@ -129,6 +129,33 @@ def is_large(name: str) -> bool:
     return name.endswith((".safetensors", ".png"))
 
 
+def problems_of(metadata) -> list[str]:
+    """What the Hub's own schema for a card's metadata finds wrong, for the keys that cards here have."""
+    if not isinstance(metadata, dict):
+        return ["no metadata"]
+    problems = []
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(metadata.get("base_model", "a/b"))):
+        problems.append('"base_model" must be a repository id')
+    for key in ("license", "library_name", "pipeline_tag"):
+        if not isinstance(metadata.get(key, ""), str):
+            problems.append(f'"{key}" must be a string')
+    if not all(isinstance(tag, str) for tag in metadata.get("tags", [])):
+        problems.append('"tags" must be strings')
+    try:
+        for model in metadata.get("model-index", []):
+            strings = [model["name"]]
+            for result in model["results"]:
+                strings += [result["task"]["type"], result["dataset"]["type"], result["dataset"]["name"]]
+                strings += [metric["type"] for metric in result["metrics"]]
+                if not all(isinstance(metric["value"], int | float) for metric in result["metrics"]):
+                    problems.append('"model-index" must have numbers as values')
+            if not strings[1:] or not all(isinstance(word, str) and word for word in strings):
+                problems.append('"model-index" must have names')
+    except (KeyError, TypeError) as error:
+        problems.append(f'"model-index" lacks {error}')
+    return problems
+
+
 class _Refused(Exception):
     """Answer with a status and the Hub's error code."""
 
@@ -223,9 +250,7 @@ class _Handler(BaseHTTPRequestHandler):
         content = json.loads(self.request_body)["content"]
         front_matter = re.match(r"---\n(.*?)\n---\n", content, re.DOTALL)
         metadata = yaml.safe_load(front_matter[1]) if front_matter else None
-        errors = [] if isinstance(metadata, dict) else [{"message": "no metadata"}]
-        if metadata and not re.fullmatch(r"[\w.-]+/[\w.-]+", str(metadata.get("base_model", "a/b"))):
-            errors.append({"message": '"base_model" must be a repository id'})
+        errors = [{"message": problem} for problem in problems_of(metadata)]
         self.answer({"errors": errors, "warnings": []}, 400 if errors else 200)
 
     def create(self) -> None:

@@ -408,6 +408,29 @@ def test_memory_footprint(with_kernels, new_tokens, dtype):
     assert footprint.saved == max(0.0, 1 - footprint.total / footprint.full_cache)
 
 
+def test_ranks_by_layer(tmp_path):
+    """Each layer holds a state of its own size, in bytes, in a copy and in a file; rows of zeros would change nothing."""
+    model = tiny_llama()
+    kernels = tiny_kernels(model, rank=[2, 6], hidden_size=[8, 4])
+    cache, prompt = LESSCache(model, H2O(4, 3), kernels), tokens(batch=3)
+    expected = generate(model, cache, prompt)
+    assert [layer.state.features_sum.shape for layer in cache.layers] == [(3, 2, 2), (3, 2, 6)]
+    b, g, d = 3, 2, 8
+    assert cache.memory_footprint().low_rank_state == b * g * (2 + 6) * (d + 1) * 4
+    cache.save(tmp_path / "cache.safetensors")
+    more, last = cache.fork(), torch.ones(3, 1, dtype=torch.long)
+    loaded = LESSCache.load(tmp_path / "cache.safetensors", model, kernels)
+    assert torch.equal(model(last, past_key_values=more).logits, model(last, past_key_values=loaded).logits)
+
+    wider = tiny_kernels(model, rank=6, hidden_size=8)
+    for index in range(2):
+        layer, part = wider.for_layer(index), kernels.for_layer(index)
+        for tensor, smaller in zip(layer.parameters(), part.parameters(), strict=True):
+            tensor.data.zero_()[tuple(slice(size) for size in smaller.shape)] = smaller.data
+    got = generate(model, LESSCache(model, H2O(4, 3), wider), prompt)
+    assert_same(got, expected)
+
+
 def test_memory_footprint_of_an_empty_cache():
     footprint = LESSCache(tiny_llama(), H2O(4, 3)).memory_footprint()
     assert (footprint.total, footprint.full_cache, footprint.saved) == (0, 0, 0)

@@ -10,8 +10,10 @@ from tokenizers.pre_tokenizers import Split
 from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
-from less_cache import LESSKernels
+from less_cache import LESSKernels, demo
 from less_cache.cli import app
+from less_cache.families import fingerprint
+from less_cache.hub import catalogue
 
 TEXT = "It is a truth universally acknowledged, that a single man must be in want of a wife. " * 8
 
@@ -45,6 +47,26 @@ def test_demo_compares_full_policy_rival_and_less(model, text, tmp_path):
     assert result.exit_code == 0, result.output
     for label in ("full cache", "h2o alone", "h2o, equal bytes", "LESS on h2o", "perplexity", "saved"):
         assert label in result.output
+
+
+def test_demo_asks_the_catalogue(model, text, tmp_path, monkeypatch):
+    """By the weights, whatever the folders are called; for the policy that is asked for, if there are any."""
+    identity = fingerprint(tiny.tiny_llama())
+    entries = []
+    for name, policy in (("a", "h2o"), ("b", "sink_recent"), ("of-others", "h2o")):
+        kernels = tiny.tiny_kernels(tiny.tiny_llama())
+        kernels.config.policy = {"name": policy}
+        kernels.save_pretrained(tmp_path / name)
+        sha = identity if name != "of-others" else "0" * 64
+        entries.insert(0, {"fingerprint": sha, "folder": name, "repo_id": "someone/never-asked"})
+    (tmp_path / "catalogue.json").write_text(json.dumps({"org/tiny": entries}))
+    monkeypatch.setattr(catalogue, "PATHS", (tmp_path / "catalogue.json",))
+    monkeypatch.chdir(tmp_path)
+    for policy, folder in (("h2o", "a"), ("sink_recent", "b"), ("corm", "b")):
+        assert demo.find_kernels(tiny.tiny_llama(), policy).source == str(tmp_path / folder)
+    assert demo.find_kernels(tiny.tiny_llama(vocab_size=98), "h2o") is None
+    result = run("demo", "--model", model, "--prompt-file", text, "--max-new-tokens", 1, "--budget", 12)
+    assert result.exit_code == 0 and "\nkernels  a\n" in result.output, result.output
 
 
 def test_demo_without_kernels_says_so(model, text):

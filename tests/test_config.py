@@ -25,7 +25,7 @@ EVERYTHING = {
     "metrics": {"perplexity": 21.062500000000004, "note": "φ und ψ"},
     "sha256": "0" * 64,
     "less_cache_version": "9.9.9",
-    "format_version": FORMAT_VERSION,
+    "format_version": 1,
 }
 
 
@@ -47,9 +47,26 @@ def test_round_trip(entries):
     assert entries.items() <= json.loads(config.to_json()).items()
 
 
+def test_sizes_by_layer():
+    """One for each entry of `layers`, in their order; a version that knows one number alone must not read them."""
+    config = LESSConfig(**SIZES, layers=[1, 0], rank=[4, 8], hidden_size=16)
+    assert (config.ranks, config.hidden_sizes, config.format_version) == ([4, 8], [16, 16], 2)
+    assert json.loads(config.to_json())["rank"] == [4, 8]
+    assert LESSConfig.from_json(config.to_json()) == config
+
+
+@pytest.mark.parametrize("name", ["rank", "hidden_size"])
+def test_equal_sizes_are_one_number(name):
+    """Files of one size for all are what they always were, to the byte."""
+    listed, plain = LESSConfig(**{**SIZES, name: [6, 6]}), LESSConfig(**{**SIZES, name: 6})
+    assert listed == plain and listed.to_json() == plain.to_json()
+    assert plain.format_version == 1 and json.loads(plain.to_json())[name] == 6
+
+
 WRONG = [
     *[(name, size) for name in SIZES for size in (0, -1, 1.0, True, "4", None, [4], 10**12)],
-    *[(name, size) for name in ("rank", "hidden_size") for size in (0, -8, 8.0, False, "8", None)],
+    *[(name, size) for name in ("rank", "hidden_size") for size in (0, -8, 8.0, False, "8", None, {}, 10**12)],
+    *[(name, sizes) for name in ("rank", "hidden_size") for sizes in ([], [4, 8], [0], [8.0], [True], ["8"], [[8]])],  # 1 layer
     ("num_key_value_heads", 3),
     ("num_hidden_layers", 10_001),
     *[("layers", layers) for layers in ([2], [-1], [0, 0], [0.0], [True], ["0"], "01", {"0": 1}, 2)],
@@ -58,7 +75,7 @@ WRONG = [
     *[("policy", policy) for policy in ("h2o", 5, ["h2o"], True)],
     *[(name, value) for name in ("model_type", "base_model", "base_model_fingerprint") for value in (5, ["llama"], {}, True)],
     *[("less_cache_version", version) for version in (None, 5, [1])],
-    *[("format_version", version) for version in (FORMAT_VERSION + 1, 0, "1", None, [1])],
+    *[("format_version", version) for version in (FORMAT_VERSION + 1, 0, 1.0, True, "1", None, [1])],
 ]
 
 
@@ -78,15 +95,15 @@ def test_unknown_keys_never_vanish():
 def test_newer_format_says_who_wrote_it():
     """Before its unknown keys, which are no news."""
     with pytest.raises(
-        LESSError, match=r"format_version 1, got 2, written by less-cache 9\.9\.9.*pip install -U 'less-cache>=9\.9\.9'"
+        LESSError, match=r"format_version 1 to 2, got 3, written by less-cache 9\.9\.9.*pip install -U 'less-cache>=9\.9\.9'"
     ):
-        LESSConfig.from_json(json.dumps({**EVERYTHING, "format_version": 2, "new_key": 1}))
+        LESSConfig.from_json(json.dumps({**EVERYTHING, "format_version": 3, "new_key": 1}))
 
 
 @pytest.mark.parametrize("version", ["0.2'; rm -rf ~ #", 5, None])
 def test_no_stranger_writes_the_command_to_upgrade(version):
     with pytest.raises(LESSError, match=r"pip install -U less-cache$"):
-        LESSConfig.from_json(json.dumps({**EVERYTHING, "format_version": 2, "less_cache_version": version}))
+        LESSConfig.from_json(json.dumps({**EVERYTHING, "format_version": FORMAT_VERSION + 1, "less_cache_version": version}))
 
 
 @pytest.mark.parametrize("name", SIZES)

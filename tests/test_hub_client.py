@@ -292,7 +292,7 @@ def test_read_only_cache(hub, monkeypatch):
         hub.create("someone/others", OTHER_FILES)
         with nobody(cache):
             assert same(LESSKernels.from_pretrained(REPO))
-            with pytest.raises(LESSError, match=r"'someone/others': cannot write to the local cache .* set HF_HOME"):
+            with pytest.raises(LESSError, match=r"'someone/others': cannot write to the disk .* set HF_HOME"):
                 LESSKernels.from_pretrained("someone/others")
 
 
@@ -325,7 +325,7 @@ def test_full_disk(hub, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "open", open_full)
-        with pytest.raises(LESSError, match=r"cannot write to the local cache .*No space left.* Free space"):
+        with pytest.raises(LESSError, match=r"cannot write to the disk .*No space left.* Free space"):
             LESSKernels.from_pretrained(REPO)
     assert same(LESSKernels.from_pretrained(REPO))
 
@@ -343,5 +343,6 @@ def test_two_processes_at_once(hub, tmp_path):
         assert same(LESSKernels.from_pretrained(REPO))
         assert result.get(timeout=60)
         second.join()
+    assert len(hub.requests("GET .*safetensors")) == 1, "one waits for the other"
     assert not list(tmp_path.rglob("*.incomplete"))
     assert same(LESSKernels.from_pretrained(REPO))

@@ -110,6 +110,40 @@ def test_card_s_plot(folder):
     assert card.PLOT_NAME in (folder / "README.md").read_text()
 
 
+MALFORMED = {
+    "no results": {"results": []},
+    "results of another kind": {"results": 5},
+    "rows of another kind": {"results": [[5]]},
+    "no rows": {"results": [[]]},
+    "no perplexity": {"results": [[{**REPORT["results"][0][0], "perplexity": "low"}]]},
+    "no bytes": {"results": [[{key: value for key, value in row.items() if key != "bytes"} for row in REPORT["results"][0]]]},
+    "policy without a name": {"results": [[{**row, "policy": {"heavy": 1}} for row in REPORT["results"][0]]]},
+    "policy of words": {"results": [[{**row, "policy": {"name": "h2o", "heavy": "many"}} for row in REPORT["results"][0]]]},
+    "no full cache": {"results": [REPORT["results"][0][1:]]},
+    "full cache alone": {"results": [REPORT["results"][0][:1]]},
+    "no number": {"results": [[*REPORT["results"][0][:-1], {**REPORT["results"][0][-1], "perplexity": float("nan")}]]},
+    "gap in words": {"results": [[{**row, "gap_recovered": "half"} for row in REPORT["results"][0]]]},
+    "data of another kind": {"data": "prose.txt"},
+    "no sequences": {"sequences": None},
+}
+
+
+@pytest.mark.parametrize("changes", MALFORMED.values(), ids=MALFORMED)
+@pytest.mark.parametrize("plot", ["--plot", "--no-plot"])
+def test_malformed_metrics(folder, changes, plot):
+    """In a config and in a report: one error that says which, and nothing is written."""
+    said = "'novel': expected a report of less-cache eval perplexity"
+    path = write_report(folder, **changes)
+    before = contents_below(folder)
+    result = run("card", folder, plot, "--report", f"novel={path}")
+    assert result.exit_code == 1 and said in result.stderr and result.stderr.count("\n") == 1
+    assert contents_below(folder) == before
+    change_config(folder, metrics={"prose": REPORT, "novel": {**REPORT, **changes}})
+    for command in (("card", folder, plot), ("push", folder, REPO, "--dry-run")):
+        result = run(*command)
+        assert result.exit_code == 1 and said in result.stderr and "Measure again" in result.stderr
+
+
 BAD = {
     "no folder": (("card", "absent"), "Expected a folder of kernels"),
     "push no folder": (("push", "absent", REPO), "Expected a folder of kernels"),
@@ -130,36 +164,39 @@ def test_bad_input_ends_in_one_line(folder, arguments, said):
     assert result.stderr.count("\n") == 1 and contents_below(folder) == before
 
 
-def test_recipe(hub, model, text, tmp_path, monkeypatch, capsys):  # noqa: F811
-    """Train, store, measure, describe, verify: a folder that is ready to publish, and nothing was sent."""
+@pytest.fixture
+def recipe(model, text, tmp_path, monkeypatch):  # noqa: F811
+    """The recipe on a tiny model: `recipe(report)` is its exit code."""
     pytest.importorskip("matplotlib", reason="less-cache train needs the extra")
     steps = "--layerwise-steps 1 --joint-steps 1 --prompt-length 40 --sequences 2 --batch-size 1 --hidden-size 4"
-    measured = ["--report", f"austen={text}", "--budget", "8", "--budget", "12"]
-    lengths = ["--sequences", "2", "--prompt-length", "40", "--decoded", "8"]
+    trained = ["--base-model", "org/tiny", "--train-data", text, "--train-options", steps, "--license", "mit"]
+    measured = ["--budget", "8", "--budget", "12", "--sequences", "2", "--prompt-length", "40", "--decoded", "8"]
+
+    def run_recipe(report: Path) -> int:
+        words = ["publish.py", model, tmp_path / "tiny-h2o", REPO, *trained, "--report", f"austen={report}", *measured]
+        monkeypatch.setattr(sys, "argv", [str(word) for word in words])
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(str(RECIPE), run_name="__main__")
+        return ended.value.code
+
+    return run_recipe
+
+
+def test_recipe(hub, recipe, text, tmp_path, capsys):  # noqa: F811
+    """Train, store, measure, describe, verify: a folder that is ready to publish, and nothing was sent."""
     folder = tmp_path / "tiny-h2o"
-    options = [
-        "--base-model",
-        "org/tiny",
-        "--train-data",
-        str(text),
-        *measured,
-        *lengths,
-        "--license",
-        "mit",
-        "--train-options",
-        steps,
-    ]
-    monkeypatch.setattr(sys, "argv", ["publish.py", str(model), str(folder), REPO, *options])
-    runpy.run_path(str(RECIPE), run_name="__main__")
+    assert recipe(text) == 0
     printed = capsys.readouterr().out
-    assert [line.split()[2] for line in printed.splitlines() if line.startswith("$ ")] == [
-        "train",
-        "eval",
-        "card",
-        "verify",
-        "push",
-    ]
+    steps = [line.split()[2] for line in printed.splitlines() if line.startswith("$ ")]
+    assert steps == ["train", "eval", "card", "verify", "push"]
     assert set(contents_below(folder)) == PUBLISHED | {card.PLOT_NAME}
     kernels = LESSKernels.from_pretrained(folder)
     assert kernels.config.base_model == "org/tiny" and len(kernels.config.metrics["austen"]["results"]) == 2
     assert f"less-cache push {folder} {REPO}" in printed and not hub.log
+
+
+def test_recipe_ends_where_a_step_fails(recipe, tmp_path, capsys):
+    assert recipe(tmp_path / "absent.txt") == 1
+    printed = capsys.readouterr()
+    assert "$ less-cache eval" in printed.out and "$ less-cache card" not in printed.out
+    assert "error: Expected a text file" in printed.err

@@ -1,13 +1,18 @@
 """Publishing: what a push sends, what a card says, and that a failure leaves the repository as it was."""
 
+import errno
 import json
+import os
+import sys
+from pathlib import Path
 
 import huggingface_hub
 import pytest
 import tiny
 import torch
 from hub_server import OWNER_TOKEN, STRANGER_TOKEN
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, constants
+from test_hub_client import Terminal
 from test_hub_files import change_config, small_kernels
 
 from less_cache import LESSError, LESSKernels
@@ -87,6 +92,10 @@ FAILURES = {
     "storage broken": ({"request": "PUT .*", "status": 503}, OWNER_TOKEN, r"a problem of its own \(503\)"),
     "commit broken": ({"request": ".*/commit/.*", "status": 500}, OWNER_TOKEN, r"a problem of its own \(500\)"),
     "cut": ({"request": "PUT .*", "cut_at": 0}, OWNER_TOKEN, "the connection broke"),
+    "no answer": ({"request": ".*/preupload/.*", "hang": True}, OWNER_TOKEN, "the connection broke"),
+    "no answer to the card": ({"request": ".*/resolve/.*", "hang": True}, OWNER_TOKEN, "the connection broke"),
+    "storage without answer": ({"request": "PUT .*", "hang": True}, OWNER_TOKEN, "the connection broke"),
+    "commit without answer": ({"request": ".*/commit/.*", "hang": True}, OWNER_TOKEN, "the connection broke"),
     "card refused": ({"request": ".*/validate-yaml", "status": 400}, OWNER_TOKEN, "Push to 'owner/kernels'"),
 }
 
@@ -101,6 +110,53 @@ def test_a_failed_push_changes_nothing(hub, failure, token, message):
     assert hub.repositories[REPO].commits == before
     publishable(seed=1).push_to_hub(REPO, token=OWNER_TOKEN)
     assert len(hub.repositories[REPO].commits) == len(before) + 1
+
+
+def test_a_push_whose_answer_is_lost(hub):
+    """Whether the commit arrived, nobody knows; the error does not claim that it did not."""
+    with (
+        hub.failing(".*/commit/.*", cut_at=0),
+        pytest.raises(LESSError, match="is as it was, or has all of the commit") as caught,
+    ):
+        publishable().push_to_hub(REPO, token=OWNER_TOKEN)
+    assert "Nothing was changed" not in str(caught.value)
+    assert set(hub.repositories[REPO].files) == PUBLISHED | {".gitattributes"}
+
+
+def test_no_push_while_offline(hub, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(LESSError, match=r"HF_HUB_OFFLINE is set\. Unset it"):
+        publishable().push_to_hub(REPO, token=OWNER_TOKEN)
+    assert not hub.log
+
+
+def test_a_full_disk_at_a_push(hub, monkeypatch):
+    def write(path, content):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_bytes", write)
+    with pytest.raises(LESSError, match=r"cannot write to the disk .*No space left.* TMPDIR"):
+        publishable().push_to_hub(REPO, token=OWNER_TOKEN)
+    assert not hub.repositories
+
+
+@pytest.mark.parametrize("own, used", [(None, 0.5), (7.0, 7.0)])
+def test_time_outs(hub, own, used):
+    """A user's own stay; without one, no request of a push waits for ever; and afterwards the client is as it was."""
+    session, asked = huggingface_hub.get_session(), []
+    session.timeout = own
+    session.event_hooks = {"request": [*session.event_hooks["request"], lambda request: asked.append(request.extensions)]}
+    before = session.event_hooks
+    publishable().push_to_hub(REPO, token=OWNER_TOKEN)
+    assert len(asked) > 5
+    assert {request["timeout"]["read"] for request in asked} <= {used, 0.5} and used in [r["timeout"]["read"] for r in asked]
+    assert session.event_hooks == before
+
+
+def test_progress_is_shown(hub, monkeypatch):
+    monkeypatch.setattr("sys.stderr", Terminal())
+    publishable().push_to_hub(REPO, token=OWNER_TOKEN)
+    assert WEIGHTS_NAME in sys.stderr.getvalue() and "100%" in sys.stderr.getvalue()
 
 
 @pytest.mark.parametrize("base_model", [None, "/somewhere/local", "./local", "tiny"])
@@ -147,8 +203,15 @@ def test_card_is_valid_by_the_hub_s_own_validation(hub):
     if huggingface_hub.__version__ < "2":
         pytest.skip("the old client validates on the public Hub only")
     ModelCard(render(license="apache-2.0")).validate()
-    with pytest.raises(ValueError):
-        ModelCard("---\nbase_model: /local\n---\n").validate()
+    for wrong in (
+        "base_model: /local",
+        "tags: [5]",
+        "model-index: [{name: a, results: [{task: {type: b}}]}]",
+        "license: [mit]",
+    ):
+        with pytest.raises(ValueError):
+            ModelCard(f"---\n{wrong}\n---\n").validate()
+    assert hub.requests("POST /api/validate-yaml")
 
 
 def test_card_s_metadata():

@@ -21,17 +21,17 @@ def gelu(x: torch.Tensor) -> torch.Tensor:
     return 0.5 * x * (1 + torch.erf(x / math.sqrt(2)))
 
 
-def official_layer(num_heads: int = H, seed: int = 0) -> dict[str, torch.Tensor]:
+def official_layer(num_heads: int = H, seed: int = 0, rank: int = R, hidden_size: int = M) -> dict[str, torch.Tensor]:
     """The official multi-head form."""
     generator = torch.Generator().manual_seed(seed)
     shapes = {
-        "kernel_q_mat1": (num_heads, D, M),
-        "kernel_q_mat2": (num_heads, M, R),
-        "kernel_k_mat1": (num_heads, D, M),
-        "kernel_k_mat2": (num_heads, M, R),
-        "interaction_k": (num_heads, R, R),
-        "scalingD": (1, num_heads, 1, R),
-        "scalingD2": (1, num_heads, 1, R),
+        "kernel_q_mat1": (num_heads, D, hidden_size),
+        "kernel_q_mat2": (num_heads, hidden_size, rank),
+        "kernel_k_mat1": (num_heads, D, hidden_size),
+        "kernel_k_mat2": (num_heads, hidden_size, rank),
+        "interaction_k": (num_heads, rank, rank),
+        "scalingD": (1, num_heads, 1, rank),
+        "scalingD2": (1, num_heads, 1, rank),
     }
     return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
 
@@ -104,6 +104,21 @@ def test_a_model_of_kernels():
     assert not any(parameter.requires_grad for parameter in kernels.parameters())
 
 
+def test_sizes_by_layer(monkeypatch):
+    """Also in the share of the heads that one of two processes has."""
+    config = LESSConfig(4, H, G, D, layers=[3, 1], rank=[R, R + 2], hidden_size=[M + 1, M])
+    kernels = LESSKernels(config)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
+    for index, hidden_size, rank in ((3, M + 1, R), (1, M, R + 2)):
+        layer = fill(kernels.for_layer(index), torch.Generator().manual_seed(0))
+        assert layer.query_in.shape == (H, D, hidden_size) and layer.rank == rank
+        half = layer.for_heads(1)
+        assert half.rank == rank
+        queries, keys = torch.randn(1, H, 5, D), torch.randn(1, G, 5, D)
+        assert torch.equal(half.query_features(queries[:, H // 2 :]), layer.query_features(queries)[:, H // 2 :])
+        assert torch.equal(half.key_features(keys[:, 1:]), layer.key_features(keys)[:, 1:])
+
+
 def test_kernels_are_float32_whatever_the_default():
     torch.set_default_dtype(torch.bfloat16)
     try:
@@ -165,6 +180,14 @@ def test_from_official_takes_parameters_and_half_precision():
     assert all(tensor.dtype == torch.float32 and not tensor.requires_grad for tensor in kernels.parameters())
 
 
+def test_from_official_of_several_sizes():
+    """Each layer of a rank and a hidden size of its own."""
+    second = official_layer(rank=R + 1, hidden_size=M + 2)
+    kernels = LESSKernels.from_official([official_layer(), second])
+    assert (kernels.config.rank, kernels.config.hidden_size) == ([R, R + 1], [M, M + 2])
+    assert torch.equal(kernels.for_layer(1).key_mix, second["interaction_k"])
+
+
 def test_from_official_draws_no_random_numbers():
     layer = official_layer()
     before = torch.get_rng_state()
@@ -189,6 +212,7 @@ WRONG_OFFICIAL = {
     "names of several types": ([{"kernel_q_mat1": torch.zeros(H, D, M), 5: 0}], "layer 0: expected 'kernel_q_mat2'"),
     "no tensor": (changed(scalingD2=1e-4), "layer 1.*scalingD2"),
     "other rank": (changed(kernel_q_mat2=torch.zeros(H, M, R + 1)), "layer 1: expected kernel_q_mat"),
+    "other rank in one place": (changed(scalingD2=torch.zeros(1, H, 1, R + 1)), "layer 1: expected scalingD2"),
     "other number of heads": ([official_layer(), official_layer(num_heads=2)], "layer 1: expected kernel_q_mat"),
     "two dimensions": (changed(interaction_k=torch.zeros(R, R)), "layer 1: interaction_k has shape"),
     "flat scale": (changed(scalingD=torch.zeros(H, R)), r"layer 1: expected scalingD of shape \[1, heads, 1, rank\]"),

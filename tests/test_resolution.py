@@ -6,9 +6,13 @@ from pathlib import Path
 
 import pytest
 import tiny
+import torch
+from hub_server import OWNER_TOKEN
 from huggingface_hub import constants
+from test_families import distinct_llama
 from test_hub_files import contents
 from test_hub_publish import publishable
+from transformers import AutoModelForCausalLM
 
 from less_cache import H2O, LESSCache, LESSConfig, LESSError, SinkRecent
 from less_cache.families import fingerprint
@@ -55,6 +59,75 @@ def test_catalogue_knows_the_weights_whatever_their_path(hub, catalogued, model,
     assert not hub.log, "the Hub is not asked"
 
 
+def save_gguf(model, path: Path) -> None:
+    """The model with matrices in 8 bit, norms in float32, as converters write them."""
+    gguf = pytest.importorskip("gguf", reason="GGUF files need the extra")
+    pytest.importorskip("accelerate", reason="GGUF files need the extra")
+    config, writer = model.config, gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for name, parameter in model.named_parameters():
+        values, kind = parameter.detach().float().numpy(), gguf.GGMLQuantizationType.F32
+        if values.ndim == 2:
+            kind = gguf.GGMLQuantizationType.Q8_0
+            values = gguf.quants.quantize(values, kind)
+        writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), values, raw_dtype=kind)
+    for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
+        write()
+
+
+@pytest.mark.parametrize("form", ["folder", "gguf"])
+def test_weights_are_known_from_a_folder_and_from_a_gguf_file(hub, catalogued, tmp_path, form):
+    """Also quantised, and under any name; another training run's are not."""
+    original = distinct_llama(intermediate_size=64).to(torch.bfloat16)  # 8-bit blocks are of 32
+    publishable(base_model_fingerprint=fingerprint(original)).save_pretrained(catalogued)
+    entries = json.loads((tmp_path / "catalogue.json").read_text())
+    entries["org/tiny"][0]["fingerprint"] = fingerprint(original)
+    (tmp_path / "catalogue.json").write_text(json.dumps(entries))
+
+    def loaded(model, name: str):
+        folder = tmp_path / name
+        folder.mkdir()
+        if form == "gguf":
+            save_gguf(model, folder / "any.gguf")
+            return AutoModelForCausalLM.from_pretrained(folder, gguf_file="any.gguf")
+        model.save_pretrained(folder)
+        return AutoModelForCausalLM.from_pretrained(folder)
+
+    same = loaded(original, "anything")
+    assert form == "folder" or not torch.equal(same.lm_head.weight, original.lm_head.weight.float()), "quantised"
+    assert LESSCache.for_model(same).kernels.source == str(catalogued)
+    assert not hub.log
+    with pytest.warns(UserWarning, match="No kernels"):
+        LESSCache.for_model(loaded(distinct_llama(seed=1, intermediate_size=64), "other"))
+
+
+def test_a_cache_from_the_hub(hub, model, tmp_path):
+    """Revision, token, policy and budget reach where they belong."""
+    repository = hub.create("someone/private", publish_files(tmp_path / "first"), private=True)
+    repository.refs["v1"] = repository.refs["main"]
+    repository.commit(publish_files(tmp_path / "second", seed=1))
+    options = {"token": OWNER_TOKEN, "revision": "v1"}
+    cache = LESSCache.from_pretrained("someone/private", model, budget=10, **options)
+    assert cache.policy == H2O(5, 5) and repository.refs["v1"] in cache.kernels.source
+    newest = LESSCache.from_pretrained("someone/private", model, policy=SinkRecent(1, 2), token=OWNER_TOKEN)
+    assert newest.policy == SinkRecent(1, 2) and repository.refs["main"] in newest.kernels.source
+    with pytest.raises(LESSError, match="log in"):
+        LESSCache.from_pretrained("someone/private", model)
+
+
+def publish_files(folder: Path, seed: int = 0) -> dict[str, bytes]:
+    publishable(seed).save_pretrained(folder)
+    return contents(folder)
+
+
 def test_catalogue_knows_a_config_by_name(catalogued, model):
     model.config.name_or_path = "org/tiny"
     assert LESSCache.for_model(model.config).kernels.source == str(catalogued)
@@ -79,6 +152,14 @@ def test_the_hub(hub, tmp_path, model, caplog, name):
     cache = LESSCache.for_model(model, policy=SinkRecent(2, 6))
     assert "someone--right" in cache.kernels.source and cache.policy == SinkRecent(2, 6)
     assert "someone/right, found in the Hub" in caplog.text
+
+
+@pytest.mark.usefixtures("nothing_catalogued")
+@pytest.mark.parametrize("failure", [{"hang": True}, {"status": 500}, {"status": 429}, {"cut_at": 0}], ids=str)
+def test_a_hub_that_does_not_answer_is_a_reason(hub, model, failure):
+    model.name_or_path = "org/tiny"
+    with hub.failing(".*", **failure), pytest.warns(UserWarning, match="The search for kernels on the Hub: "):
+        assert not LESSCache.for_model(model).kernels.is_trained
 
 
 @pytest.mark.usefixtures("nothing_catalogued")

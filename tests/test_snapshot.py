@@ -185,7 +185,7 @@ def test_a_failed_save_leaves_the_earlier_file(prompt, tmp_path, monkeypatch):
         raise OSError("no space left on device")
 
     monkeypatch.setattr("os.replace", full_disk)
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(LESSError, match=r"cannot be written .*no space"):
         LESSCache(model, POLICIES[0]).save(path)
     assert path.read_bytes() == before
     assert [each.name for each in tmp_path.iterdir()] == ["prefix"]

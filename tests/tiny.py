@@ -38,7 +38,9 @@ def tiny_llama(attn_implementation: str = "sdpa", seed: int = 0, **overrides) ->
         return LlamaForCausalLM(config).eval()
 
 
-def tiny_kernels(model: PreTrainedModel, rank: int = 8, hidden_size: int = 16, seed: int = 0) -> LESSKernels:
+def tiny_kernels(
+    model: PreTrainedModel, rank: int | list[int] = 8, hidden_size: int | list[int] = 16, seed: int = 0
+) -> LESSKernels:
     """Random kernels for `model`, heavy enough that the state weighs as much as the kept tokens."""
     sizes = geometry(model.config)
     layers = [index for index, layer in enumerate(LESSCache(model, H2O(1, 1)).layers) if isinstance(layer, LESSLayer)]

@@ -67,8 +67,8 @@ def measure(
     """
 
     def run(name: str, make: Callable[[], Cache], used: EvictionPolicy | None) -> Measurement:
-        perplexity, held = _perplexity(model, tokens, make, prompt_length, batch_size, advance)
-        return Measurement(name, used.to_dict() if used is not None else None, perplexity, held)
+        measured, held = perplexity(model, tokens, make, prompt_length, batch_size, advance)
+        return Measurement(name, used.to_dict() if used is not None else None, measured, held)
 
     def less(used: EvictionPolicy, state: LESSKernels | None) -> Callable[[], Cache]:
         return lambda: LESSCache(model.config, policy=used, kernels=state)
@@ -94,16 +94,18 @@ def measure(
 def with_state_bytes(policy: EvictionPolicy, kernels: LESSKernels, itemsize: int, count: str = "recent") -> EvictionPolicy:
     """The policy with as many more tokens as the low-rank state's bytes would hold, rounded up.
 
-    The state takes 4 (R·d + R) bytes a KV head, a token 2·d·itemsize. `count`: which of the policy's counts grows.
+    The state takes 4 (R·d + R) bytes a KV head, R the mean of the layers', a token 2·d·itemsize. `count`: which of the
+    policy's counts grows.
     """
     if policy.is_fractional:
         raise LESSError(f"Expected token counts, got fractions: {policy}.")
     config = kernels.config
-    tokens = math.ceil(4 * config.rank * (config.head_dim + 1) / (2 * config.head_dim * itemsize))
+    state = 4 * sum(config.ranks) * (config.head_dim + 1)
+    tokens = -(-state // (2 * config.head_dim * itemsize * max(1, len(config.ranks))))
     return dataclasses.replace(policy, **{count: getattr(policy, count) + tokens})
 
 
-def _perplexity(
+def perplexity(
     model: PreTrainedModel,
     tokens: torch.Tensor,
     make: Callable[[], Cache],

@@ -1,6 +1,7 @@
 """The model card of a set of kernels, from what its config says."""
 
 import json
+import math
 import re
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -58,8 +59,43 @@ def render(
 
 
 def reports(config: LESSConfig) -> dict[str, dict]:
-    """The metrics that are reports of `less-cache eval perplexity`, by name."""
-    return {name: report for name, report in config.metrics.items() if isinstance(report, dict) and "results" in report}
+    """The metrics that are reports of `less-cache eval perplexity`, by name. `LESSError` for one that only looks like it."""
+    found = {name: report for name, report in config.metrics.items() if isinstance(report, dict) and "results" in report}
+    for name, report in found.items():
+        if problem := _problem(report):
+            raise LESSError(
+                f"Card: metrics {name!r}: expected a report of less-cache eval perplexity, got {problem}. "
+                "Measure again with --output, or remove it from the config."
+            )
+    return found
+
+
+def _problem(report: dict) -> str | None:
+    """What a report lacks of what the card shows."""
+    for key in ("sequences", "prompt_length", "decoded"):
+        if type(report.get(key)) is not int:
+            return f"{key}={report.get(key)!r}"
+    data, results = report.get("data"), report["results"]
+    if not isinstance(data, list) or not all(isinstance(path, str) for path in data):
+        return f"data={data!r}"
+    if not isinstance(results, list) or not results or not all(isinstance(rows, list) and len(rows) > 1 for rows in results):
+        return "results that are no lists of rows, full cache first, one for each budget"
+    for rows in results:
+        for index, row in enumerate(rows):
+            if not isinstance(row, dict) or (row.get("cache") == "full") != (index == 0):
+                return f"row {row!r}, where {'the full cache' if index == 0 else 'another cache'} stands"
+            policy = row.get("policy") if index else {"name": "none"}
+            numbers: list = [row.get("perplexity"), row.get("bytes")]
+            numbers += [row["gap_recovered"]] if row.get("gap_recovered") is not None else []
+            numbers += [count for key, count in policy.items() if key != "name"] if isinstance(policy, dict) else []
+            if (
+                not isinstance(row.get("cache"), str)
+                or not isinstance(policy, dict)
+                or not isinstance(policy.get("name"), str)
+                or not all(type(number) in (int, float) and math.isfinite(number) for number in numbers)
+            ):
+                return f"row {row!r}"
+    return None
 
 
 def _metadata(config: LESSConfig, name: str) -> dict:
@@ -96,8 +132,8 @@ def _sections(config: LESSConfig, name: str, weights: str, plot: bool) -> list[s
     lines = [
         f"# LESS kernels for {base.split('/')[-1]}, trained with {trained_with}",
         "",
-        f"φ and ψ that let a less-cache read what {trained_with} evicts: R = {config.rank}, hidden size {config.hidden_size}, "
-        f"{len(config.layers or [])} layers, {weights}.",
+        f"φ and ψ that let a less-cache read what {trained_with} evicts: R = {_span(config.ranks)}, "
+        f"hidden size {_span(config.hidden_sizes)}, {len(config.layers or [])} layers, {weights}.",
         "",
         "```python",
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
@@ -144,8 +180,8 @@ def _table(label: str, report: dict) -> list[str]:
         for row in rows:
             if row["cache"] == "full" and index > 0:
                 continue  # the same for every budget
-            keeps = _counts(row["policy"] or {})
-            recovered = "" if row["gap_recovered"] is None else f"{row['gap_recovered']:.0%}"
+            keeps = _counts({} if row["cache"] == "full" else row["policy"])
+            recovered = "" if row.get("gap_recovered") is None else f"{row['gap_recovered']:.0%}"
             lines.append(f"| {row['cache']} | {keeps} | {row['bytes'] / 1e6:.2f} | {row['perplexity']:.2f} | {recovered} |")
     return lines
 
@@ -157,6 +193,12 @@ def _command(base: str, name: str, report: dict) -> list[str]:
     options += [f"--{key.replace('_', '-')} {report[key]}" for key in ("sequences", "prompt_length", "decoded")]
     command = [f"less-cache eval perplexity {base} --kernels {name} --policy {policy}", " ".join(options)]
     return ["```bash", " \\\n    ".join(command), "```"]
+
+
+def _span(sizes: list[int]) -> str:
+    """One number where all layers agree."""
+    least, most = min(sizes, default=0), max(sizes, default=0)
+    return f"{least}" if least == most else f"{least} to {most} by layer"
 
 
 def _counts(policy: dict) -> str:

@@ -7,6 +7,7 @@ import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 from huggingface_hub import CommitOperationAdd, HfApi, constants
@@ -18,6 +19,7 @@ from less_cache.hub.files import CONFIG_NAME, WEIGHTS_NAME, check_digest, read_c
 LIBRARY_TAG = "less-cache"
 FINGERPRINT_TAG = "less-fingerprint-{}"  # of the base model's weights; finds kernels for a model that has no Hub id
 MOST_CANDIDATES = 5  # repositories that a search returns
+PATIENCE = 60.0  # seconds without a byte until an upload gives up
 
 
 def find(folder_or_repo: str | os.PathLike, revision: str | None = None, token: str | bool | None = None) -> Path:
@@ -66,10 +68,21 @@ def upload(
     message: str = "Upload LESS kernels",
 ) -> str:
     """Create the repository where it is missing and put the files there in one commit; the commit's address."""
-    with explained(f"Push to {repo_id!r}" + (f" (revision {revision!r})" if revision else "")):
+    task = f"Push to {repo_id!r}" + (f" (revision {revision!r})" if revision else "")
+    with (
+        explained(task, "The repository is as it was, or has all of the commit"),
+        tempfile.TemporaryDirectory() as name,
+        patience(PATIENCE),
+    ):
+        _check_online()
+        operations = []
+        for path, content in contents.items():
+            file = Path(name, path)  # the client shows the progress of files, not of bytes
+            file.parent.mkdir(exist_ok=True)
+            file.write_bytes(content)
+            operations.append(CommitOperationAdd(path_in_repo=path, path_or_fileobj=file))
         api = HfApi(token=token)
         api.create_repo(repo_id, private=private, exist_ok=True)
-        operations = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=content) for name, content in contents.items()]
         return api.create_commit(repo_id, operations, commit_message=message, revision=revision).commit_url
 
 
@@ -79,6 +92,7 @@ def read_card(repo_id: str, revision: str | None = None, token: str | bool | Non
         explained(f"Card of {repo_id!r}"),
         tempfile.TemporaryDirectory() as folder,
     ):  # not the cache: its branches lead to kernels
+        _check_online()
         try:
             path = huggingface_hub.hf_hub_download(repo_id, "README.md", revision=revision, token=token, local_dir=folder)
         except hub_errors.GatedRepoError:  # before its base class
@@ -93,7 +107,8 @@ def search(base_model: str | None, fingerprint: str | None, token: str | bool | 
     tags = [f"base_model:{base_model}"] if base_model else []
     tags += [FINGERPRINT_TAG.format(fingerprint[:16])] if fingerprint else []
     found: list[str] = []
-    with explained("The search for kernels on the Hub"):
+    with explained("The search for kernels on the Hub"), patience(constants.HF_HUB_ETAG_TIMEOUT):
+        _check_online()
         for tag in tags:
             models = HfApi(token=token).list_models(filter=[LIBRARY_TAG, tag], sort="downloads", limit=MOST_CANDIDATES)
             found += [model.id for model in models if model.id not in found]
@@ -123,6 +138,11 @@ def _commit(repo_id: str, revision: str | None, token: str | bool | None) -> str
     return info.sha  # type: ignore[return-value]
 
 
+def _check_online() -> None:
+    if constants.HF_HUB_OFFLINE:
+        raise LESSError("HF_HUB_OFFLINE is set. Unset it where there is a network.")
+
+
 def _check_transfer(path: Path) -> None:
     """Remove a cached file that is not what the Hub announced, and raise.
 
@@ -147,17 +167,37 @@ def _check_transfer(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def explained(task: str) -> Iterator[None]:
-    """Whatever the client raises inside becomes a LESSError that says what failed and what to do."""
+def patience(seconds: float) -> Iterator[None]:
+    """No request inside waits longer than this for a byte. Left alone, the client waits for ever in most of its calls."""
+
+    def limit(request: Any) -> None:
+        timeouts = request.extensions["timeout"]  # by phase; None: for ever
+        timeouts.update({phase: seconds for phase, limit in timeouts.items() if limit is None})
+
+    session = huggingface_hub.get_session()
+    session.event_hooks = {**session.event_hooks, "request": [*session.event_hooks["request"], limit]}
+    try:
+        yield
+    finally:
+        others = [hook for hook in session.event_hooks["request"] if hook is not limit]
+        session.event_hooks = {**session.event_hooks, "request": others}
+
+
+@contextlib.contextmanager
+def explained(task: str, state: str = "Nothing was changed") -> Iterator[None]:
+    """Whatever the client raises inside becomes a LESSError that says what failed and what to do.
+
+    `state`: what a failure half-way leaves behind.
+    """
     try:
         yield
     except LESSError as error:
         raise LESSError(f"{task}: {error}") from error
     except Exception as error:  # the client raises its own errors, its HTTP library's, OSError, ValueError and RuntimeError
-        raise LESSError(f"{task}: {_explanation(error)}") from error
+        raise LESSError(f"{task}: {_explanation(error, state)}") from error
 
 
-def _explanation(error: BaseException) -> str:
+def _explanation(error: BaseException, state: str) -> str:
     if isinstance(error, hub_errors.HFValidationError):
         return f"no such folder, and not a valid Hub repository id. {_first_line(error)}"
     if isinstance(error, hub_errors.GatedRepoError):  # before its base class, RepositoryNotFoundError
@@ -174,20 +214,23 @@ def _explanation(error: BaseException) -> str:
     if isinstance(error, hub_errors.OfflineModeIsEnabled):
         return "not in the local cache, and HF_HUB_OFFLINE is set. Unset it, or run less-cache pull where there is a network."
     if isinstance(error, hub_errors.LocalEntryNotFoundError | RuntimeError) and error.__cause__ is not None:
-        return _explanation(error.__cause__)  # the client's wrapping
+        return _explanation(error.__cause__, state)  # the client's wrapping
     if isinstance(error, hub_errors.HfHubHTTPError) and error.response is not None:
-        return _status(error.response.status_code, error)
+        return _status(error.response.status_code, error, state)
     if isinstance(error, hub_errors.HTTPError | hub_errors.LocalEntryNotFoundError | ConnectionError | TimeoutError):
         return (
             f"the Hub cannot be reached, or the connection broke ({_first_line(error)}). "
-            "Nothing was changed: check the network and run again."
+            f"{state}: check the network and run again."
         )
     if isinstance(error, OSError) and error.errno is not None:
-        return f"cannot write to the local cache ({error}). Free space, or set HF_HOME to a folder that can be written."
-    return f"the Hub's client failed: {_first_line(error)} Nothing was changed: run again."
+        return (
+            f"cannot write to the disk ({error}). Free space, or set HF_HOME (for downloads) or TMPDIR (for uploads) to a "
+            "folder that can be written."
+        )
+    return f"the Hub's client failed: {_first_line(error)} {state}: run again."
 
 
-def _status(status: int, error: BaseException) -> str:
+def _status(status: int, error: BaseException, state: str) -> str:
     if status == 401:
         return "the Hub does not know the token (401). Log in again (hf auth login), or pass another token=."
     if status == 403:
@@ -195,7 +238,7 @@ def _status(status: int, error: BaseException) -> str:
     if status == 429:
         return "too many requests (429). Wait some minutes; logged in (hf auth login) the limit is higher."
     if status >= 500:
-        return f"the Hub has a problem of its own ({status}). Nothing was changed: try again later."
+        return f"the Hub has a problem of its own ({status}). {state}: try again later."
     return f"the Hub answered {status}: {_first_line(error)}"
 
 

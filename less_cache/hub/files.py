@@ -104,18 +104,23 @@ def write(folder: Path, config: LESSConfig, tensors: Mapping[str, torch.Tensor],
 
 def replace(folder: Path, contents: Mapping[str, bytes]) -> None:
     """Write files into `folder`, in this order, each in one atomic step once all of them are on the disk."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as draft:
-        for name, content in contents.items():
-            (Path(draft) / name).parent.mkdir(exist_ok=True)
-            with open(Path(draft) / name, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(Path(draft) / name, 0o644)
-        for name in contents:
-            (folder / name).parent.mkdir(exist_ok=True)
-            os.replace(Path(draft) / name, folder / name)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as draft:
+            for name, content in contents.items():
+                (Path(draft) / name).parent.mkdir(exist_ok=True)
+                with open(Path(draft) / name, "wb") as file:
+                    file.write(content)
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.chmod(Path(draft) / name, 0o644)
+            for name in contents:
+                (folder / name).parent.mkdir(exist_ok=True)
+                os.replace(Path(draft) / name, folder / name)
+    except OSError as error:
+        raise LESSError(
+            f"{folder}: cannot be written ({error}). Free space, or choose a folder that can be written."
+        ) from error
 
 
 def describe(folder: Path) -> str:
