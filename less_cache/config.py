@@ -7,7 +7,8 @@ import re
 from less_cache.errors import LESSError
 from less_cache.version import __version__
 
-FORMAT_VERSION = 2  # 1: one rank and one hidden size for all layers; 2: or one a layer
+FORMAT_VERSION = 2  # 1: one rank and one hidden size for all layers, low_rank alone; 2: or one a layer, any memory
+MEMORIES = ("low_rank", "soft_centroids")
 MOST_LAYERS = 10_000  # far beyond any model; a config that claims more would only fill the memory
 
 
@@ -22,6 +23,7 @@ class LESSConfig:
         head_dim: Dimension of one head.
         rank: R, rows of the state: one number, or a list with one for each entry of `layers`.
         hidden_size: Hidden size of φ and ψ; as `rank`.
+        memory: What φ and ψ are: `low_rank`, the paper's (`LayerKernels`), or `soft_centroids` (`LayerSoftCentroids`).
         layers: Indices of the layers that have kernels; default: all.
         model_type: `model_type` of the base model's config.
         base_model: Name of the base model.
@@ -53,6 +55,7 @@ class LESSConfig:
     sha256: str | None = None
     less_cache_version: str = __version__
     format_version: int = 1
+    memory: str = "low_rank"
 
     def __post_init__(self) -> None:
         for name in ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim"):
@@ -74,7 +77,9 @@ class LESSConfig:
             raise LESSError(f"LESSConfig: expected layers to be indices below {self.num_hidden_layers}, got {self.layers!r}.")
         if len(set(indices)) != len(indices):
             raise LESSError(f"LESSConfig: expected layers to name each layer once, got {self.layers!r}.")
-        self.format_version = 1
+        if self.memory not in MEMORIES:
+            raise LESSError(f"LESSConfig: expected memory to be one of {', '.join(MEMORIES)}, got {self.memory!r}.")
+        self.format_version = 1 if self.memory == "low_rank" else 2
         for name in ("rank", "hidden_size"):
             sizes = getattr(self, name)
             each = sizes if isinstance(sizes, list) else [sizes]
@@ -83,6 +88,8 @@ class LESSConfig:
                     f"LESSConfig: expected {name} to be an int in 1 … 1,000,000, or a list with one for each of the "
                     f"{len(indices)} layers, got {sizes!r}."
                 )
+            if name == "rank" and self.memory == "soft_centroids" and any(size % 2 for size in each):
+                raise LESSError(f"LESSConfig: expected an even rank (a centroid takes the bytes of two rows), got {sizes}.")
             if len(set(each)) > 1:
                 self.format_version = 2
             else:
@@ -114,8 +121,11 @@ class LESSConfig:
         return size if isinstance(size, list) else [size] * len(self.layers or [])
 
     def to_json(self) -> str:
-        """JSON text, one key a line."""
-        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+        """JSON text, one key a line, as versions that know `low_rank` alone read it where that is all there is."""
+        entries = dataclasses.asdict(self)
+        if self.memory == "low_rank":
+            del entries["memory"]
+        return json.dumps(entries, indent=2) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> "LESSConfig":

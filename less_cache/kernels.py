@@ -15,17 +15,18 @@ from torch import nn
 from torch.nn.functional import gelu
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from less_cache.attention import group_heads
 from less_cache.centroids import LayerCentroids
 from less_cache.config import LESSConfig
 from less_cache.errors import LESSError
 from less_cache.families import full_attention_layers, geometry
 from less_cache.hub import client, files, publish
-from less_cache.memory import LayerMemory
+from less_cache.memory import TrainedMemory
 from less_cache.policies import H2O, USUAL_BUDGET
-from less_cache.state import LowRankState
+from less_cache.soft_centroids import LayerSoftCentroids
 
 
-class LayerKernels(LayerMemory):
+class LayerKernels(TrainedMemory):
     """φ and ψ of one layer: one φ per query head, one ψ per KV head; float32, no bias, g is GELU.
 
         φ(q) = | g( g(q W_φ1) W_φ2 ) |
@@ -47,13 +48,6 @@ class LayerKernels(LayerMemory):
     key_mix: nn.Parameter
     key_scale: nn.Parameter
     mix_scale: nn.Parameter
-
-    def __init__(self, num_attention_heads: int, num_key_value_heads: int, head_dim: int, hidden_size: int, rank: int):
-        super().__init__()
-        h, g, d, m, r = num_attention_heads, num_key_value_heads, head_dim, hidden_size, rank
-        for name, shape in self.shapes(h, g, d, m, r).items():
-            self.register_parameter(name, nn.Parameter(torch.empty(shape, dtype=torch.float32)))
-        self.reset_parameters()
 
     @staticmethod
     def shapes(h: int, g: int, d: int, m: int, r: int) -> dict[str, tuple[int, ...]]:
@@ -86,37 +80,22 @@ class LayerKernels(LayerMemory):
         u = self.key_scale.abs().unsqueeze(1) * gelu(gelu(key_states.float() @ self.key_in) @ self.key_out)
         return (u + self.mix_scale.unsqueeze(1) * (u @ self.key_mix)).abs()
 
-    def empty_state(self, batch: int, num_key_value_heads: int, head_dim: int, device: torch.device) -> LowRankState:
-        return LowRankState.empty(batch, num_key_value_heads, self.rank, head_dim, device)
-
-    def fold_in(self, state: LowRankState, key_states: torch.Tensor, value_states: torch.Tensor, leaves: torch.Tensor) -> None:
-        state.fold_in(self.key_features(key_states) * leaves.unsqueeze(-1), value_states)
-
-    def virtual_tokens(
-        self, state: LowRankState, query_states: torch.Tensor, scaling: float, softcap: float | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        return state.virtual_tokens(self.query_features(query_states))
-
-    def for_heads(self, num_key_value_heads: int) -> "LayerKernels":
-        parts = self.key_in.shape[0] // num_key_value_heads
-        return self if parts == 1 else self.part(torch.distributed.get_rank() % parts, parts)
-
-    def part(self, index: int, parts: int) -> "LayerKernels":
-        """Kernels of the heads that process `index` of `parts` has under tensor parallelism: an equal share, in order."""
-        (h, d, m), (g, r) = self.query_in.shape, self.key_scale.shape
-        with torch.device("meta"):
-            kernels = LayerKernels(h // parts, g // parts, d, m, r)
-        heads = {name: tensor.chunk(parts)[index].clone() for name, tensor in self.state_dict().items()}
-        kernels.load_state_dict(heads, assign=True)
-        return kernels.requires_grad_(False)
+    def log_query_features(
+        self, query_states: torch.Tensor, means: torch.Tensor, scaling: float, softcap: float | None = None
+    ) -> torch.Tensor:
+        features = self.query_features(query_states).clamp_min(torch.finfo(torch.float32).tiny)
+        return group_heads(features.log(), self.sizes[1])
 
     @property
-    def rank(self) -> int:
-        return self.query_out.shape[-1]
+    def num_virtual_tokens(self) -> int:
+        return self.sizes[-1]
+
+
+MEMORIES: dict[str, type[TrainedMemory]] = {"low_rank": LayerKernels, "soft_centroids": LayerSoftCentroids}
 
 
 class LESSKernels(nn.Module):
-    """The kernels of a whole model: a `LayerKernels` for every layer named in `config.layers`.
+    """The kernels of a whole model: a `LayerKernels`, or what `config.memory` says, for every layer in `config.layers`.
 
     Stateless while generating: one object may serve many caches and threads.
 
@@ -129,9 +108,10 @@ class LESSKernels(nn.Module):
         super().__init__()
         self.config = config
         self.source: str | None = None  # the folder that they were loaded from; in the Hub's cache it names the commit
+        memory = MEMORIES[config.memory]
         self.layers = nn.ModuleDict(
             {
-                str(index): LayerKernels(config.num_attention_heads, config.num_key_value_heads, config.head_dim, m, r)
+                str(index): memory(config.num_attention_heads, config.num_key_value_heads, config.head_dim, m, r)
                 for index, m, r in zip(config.layers or [], config.hidden_sizes, config.ranks, strict=True)
             }
         )
@@ -231,7 +211,7 @@ class LESSKernels(nn.Module):
         shapes = {
             f"layers.{index}.{name}": shape
             for index, m, r in zip(config.layers or [], config.hidden_sizes, config.ranks, strict=True)
-            for name, shape in LayerKernels.shapes(h, g, d, m, r).items()
+            for name, shape in MEMORIES[config.memory].shapes(h, g, d, m, r).items()
         }
         tensors = files.read_tensors(folder, config, shapes)
         with torch.device("meta"):  # no allocation, no random numbers drawn from the user's generator

@@ -11,7 +11,11 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from less_cache.attention import LOWEST
+from less_cache.state import LowRankState
+
 Self = TypeVar("Self", bound="LayerMemory")
+Trained = TypeVar("Trained", bound="TrainedMemory")
 
 
 class LayerMemory(nn.Module, abc.ABC):
@@ -44,3 +48,82 @@ class LayerMemory(nn.Module, abc.ABC):
         if all(parameter.device == device for parameter in self.parameters()):
             return self
         return copy.deepcopy(self).to(device)
+
+
+class TrainedMemory(LayerMemory):
+    """A memory with learned weights. Virtual token r is a weighted mean of the evicted pairs, of total weight Z_r:
+
+        logit_r(q) = log φ_r(q) + log Z_r        Z_r = Σ ψ_r(k)        value_r = Σ ψ_r(k) v / Z_r
+
+    φ has weights for every query head, ψ for every KV head: the first dimension of each parameter is the head.
+
+    Args:
+        rank: The state takes at most the bytes of a low-rank state of this rank.
+    """
+
+    def __init__(self, num_attention_heads: int, num_key_value_heads: int, head_dim: int, hidden_size: int, rank: int):
+        super().__init__()
+        self.sizes = (num_attention_heads, num_key_value_heads, head_dim, hidden_size, rank)
+        for name, shape in self.shapes(*self.sizes).items():
+            self.register_parameter(name, nn.Parameter(torch.empty(shape, dtype=torch.float32)))
+        self.reset_parameters()
+
+    @staticmethod
+    @abc.abstractmethod
+    def shapes(h: int, g: int, d: int, m: int, rank: int) -> dict[str, tuple[int, ...]]:
+        """Shape of each tensor, in the order that they are stored; `m`: hidden size."""
+
+    @abc.abstractmethod
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """The weights that training starts from."""
+
+    @property
+    @abc.abstractmethod
+    def num_virtual_tokens(self) -> int:
+        """Virtual tokens of a KV head."""
+
+    @abc.abstractmethod
+    def key_features(self, key_states: torch.Tensor) -> torch.Tensor:
+        """ψ(k): `[b, g, m, d]` to `[b, g, m, r]`, float32, not negative."""
+
+    @abc.abstractmethod
+    def log_query_features(
+        self, query_states: torch.Tensor, means: torch.Tensor, scaling: float, softcap: float | None = None
+    ) -> torch.Tensor:
+        """log φ(q): `[b, h, n, d]` to `[b, g, s, n, r]`, float32; `means`: the state's, `[b, g, n or 1, r, *]`."""
+
+    def remembered(self, key_states: torch.Tensor, value_states: torch.Tensor) -> torch.Tensor:
+        """What the state keeps weighted means of, `[b, g, m, *]`: the values, then whatever else φ reads."""
+        return value_states
+
+    def empty_state(self, batch: int, num_key_value_heads: int, head_dim: int, device: torch.device) -> LowRankState:
+        key_states = torch.empty(0, self.sizes[2], device="meta")
+        width = self.remembered(key_states, torch.empty(0, head_dim, device="meta")).shape[-1]
+        return LowRankState.empty(batch, num_key_value_heads, self.num_virtual_tokens, width, device)
+
+    def fold_in(self, state: LowRankState, key_states: torch.Tensor, value_states: torch.Tensor, leaves: torch.Tensor) -> None:
+        state.fold_in(self.key_features(key_states) * leaves.unsqueeze(-1), self.remembered(key_states, value_states))
+
+    def virtual_tokens(
+        self, state: LowRankState, query_states: torch.Tensor, scaling: float, softcap: float | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        means = state.means()  # [b, g, r, *]
+        logits = self.log_query_features(query_states, means.unsqueeze(2), scaling, softcap) + state.log_mass()
+        return logits.clamp_min(LOWEST), means[..., : self.values_dim(means.shape[-1])]
+
+    def values_dim(self, width: int) -> int:
+        """How many of a mean's `width` dimensions are the value's."""
+        return width
+
+    def for_heads(self: Trained, num_key_value_heads: int) -> Trained:
+        parts = self.sizes[1] // num_key_value_heads
+        return self if parts == 1 else self.part(torch.distributed.get_rank() % parts, parts)
+
+    def part(self: Trained, index: int, parts: int) -> Trained:
+        """The weights of the heads that process `index` of `parts` has under tensor parallelism: an equal share, in order."""
+        h, g, d, m, rank = self.sizes
+        with torch.device("meta"):
+            memory = type(self)(h // parts, g // parts, d, m, rank)
+        heads = {name: tensor.chunk(parts)[index].clone() for name, tensor in self.state_dict().items()}
+        memory.load_state_dict(heads, assign=True)
+        return memory.requires_grad_(False)

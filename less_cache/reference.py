@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 
 from less_cache.attention import group_heads
-from less_cache.kernels import LayerKernels
+from less_cache.memory import TrainedMemory
 from less_cache.policies import EvictionPolicy
 
 
@@ -19,7 +19,7 @@ def reference_attention(
     value_states: torch.Tensor,
     policy: EvictionPolicy,
     blocks: Sequence[int],
-    kernels: LayerKernels | None = None,
+    kernels: TrainedMemory | None = None,
     real: torch.Tensor | None = None,
     scaling: float | None = None,
     softcap: float | None = None,
@@ -30,7 +30,7 @@ def reference_attention(
         w_ij = e^{l_ij} where query i sees token j, φ(q_i) ψ(k_j)ᵀ where j is evicted, otherwise 0
         out_i = Σ_j w_ij v_j / Σ_j w_ij
 
-    This is the formula of LESS with H and z written out as sums over the evicted tokens. A query sees the tokens that
+    This is the formula of LESS with H and z written out as sums over the evicted tokens; φ may read their means. A query sees the tokens that
     were kept before its block and those of its block up to itself; after every block there is one selection, by the
     policy's own methods over columns for all T tokens (position -1: padding, evicted or not yet there).
 
@@ -61,6 +61,7 @@ def reference_attention(
             [1, 0, 0, 0, 1, 1]], dtype=torch.int32)
     """
     b, g, T, d = key_states.shape
+    scaling = d**-0.5 if scaling is None else scaling
     real = torch.ones(b, T, dtype=torch.bool) if real is None else real.bool()
     row_positions = (real.cumsum(-1) - 1).masked_fill(~real, -1)  # [b, T]
     positions = row_positions.unsqueeze(1).expand(b, g, T)
@@ -68,16 +69,14 @@ def reference_attention(
 
     queries = group_heads(query_states, g).double()  # [b, g, s, T, d]
     keys, values = key_states.double()[:, :, None], value_states.double()[:, :, None]  # [b, g, 1, T, d]
-    logits = queries @ keys.transpose(-1, -2) * (d**-0.5 if scaling is None else scaling)  # [b, g, s, T, T]
+    logits = queries @ keys.transpose(-1, -2) * scaling  # [b, g, s, T, T]
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     exponentials = logits.exp()
     sink_mass = 0.0 if sinks is None else sinks.double().exp().view(1, g, -1, 1, 1)
-    low_rank = torch.zeros_like(exponentials)  # φ(q_i) ψ(k_j)ᵀ
     if kernels is not None:
-        query_features = group_heads(kernels.query_features(query_states), g).double()  # [b, g, s, T, r]
-        key_features = kernels.key_features(key_states).double()[:, :, None]  # [b, g, 1, T, r]
-        low_rank = query_features @ key_features.transpose(-1, -2)
+        key_features = kernels.key_features(key_states).double()  # [b, g, T, r]
+        remembered = kernels.remembered(key_states, value_states).double()  # [b, g, T, *]
 
     held = torch.zeros(b, g, T, dtype=torch.bool)
     scores = policy.arrival(positions)
@@ -92,7 +91,13 @@ def reference_attention(
         evicted = (token < start) & real.unsqueeze(1) & ~held  # [b, g, T]
 
         sparse = exponentials[:, :, :, rows] * sees.unsqueeze(2)  # [b, g, s, n, T]
-        weights = sparse + low_rank[:, :, :, rows] * evicted[:, :, None, None]
+        weights = sparse
+        if kernels is not None:
+            folded = key_features * evicted.unsqueeze(-1)
+            mass = folded.sum(2).unsqueeze(-1).clamp_min(torch.finfo(torch.float32).tiny)  # [b, g, r, 1]
+            means = (folded.transpose(-1, -2) @ remembered / mass).float().unsqueeze(2)  # [b, g, 1, r, *]
+            log_query_features = kernels.log_query_features(query_states[:, :, rows], means, scaling, softcap)
+            weights = sparse + log_query_features.double().exp() @ folded.unsqueeze(2).transpose(-1, -2)
         outputs.append(weights @ values / (weights.sum(-1, keepdim=True) + sink_mass))
 
         observed = sparse / (sparse.sum(-1, keepdim=True) + sink_mass) * real[:, None, None, rows, None]

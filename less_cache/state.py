@@ -7,8 +7,6 @@ import dataclasses
 
 import torch
 
-from less_cache.attention import LOWEST, group_heads
-
 
 @dataclasses.dataclass
 class LowRankState:
@@ -18,7 +16,7 @@ class LowRankState:
         z = Σ ψ(k)ᵀ     `features_sum`  [b, g, r]
 
     Row r of the state acts as one *virtual token* whose value is H_r / z_r (a convex combination of evicted values)
-    and whose logit is log φ_r(q) + log z_r.
+    and whose logit is log φ_r(q) + log z_r. A memory may sum more than values: d is the width of what it folds in.
 
     Source: Dong et al., "Get More with LESS", ICML 2024 (arXiv 2402.09398), equations 4 to 6.
     """
@@ -39,12 +37,10 @@ class LowRankState:
         self.values_sum += key_features.transpose(-1, -2) @ values.float()
         self.features_sum += key_features.sum(dim=-2)
 
-    def virtual_tokens(self, query_features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The rows as virtual tokens: logits `[b, g, s, n, r]` for φ(q) `[b, h, n, r]`, and values `[b, g, r, d]`."""
-        mass = group_heads(query_features, self.features_sum.shape[1])  # [b, g, s, n, r]
-        logits = (mass.log() + self.features_sum[:, :, None, None].log()).clamp_min(LOWEST)
-        return logits, self.virtual_values()
-
-    def virtual_values(self) -> torch.Tensor:
+    def means(self) -> torch.Tensor:
         """H_r / z_r, `[b, g, r, d]`; 0 where z_r is 0."""
         return self.values_sum / self.features_sum.unsqueeze(-1).clamp_min(torch.finfo(torch.float32).tiny)
+
+    def log_mass(self) -> torch.Tensor:
+        """log z_r, `[b, g, 1, 1, r]`."""
+        return self.features_sum.log()[:, :, None, None]

@@ -7,8 +7,9 @@ import torch
 from hypothesis import strategies as st
 
 from less_cache import POLICIES, EvictionPolicy
-from less_cache.kernels import LayerKernels
+from less_cache.kernels import MEMORIES
 from less_cache.layer import LESSLayer
+from less_cache.memory import TrainedMemory
 
 SEEDS = st.integers(0, 2**16)
 FRACTIONS = st.sampled_from([0.1, 0.25, 0.4, 0.75])
@@ -38,14 +39,14 @@ class Case:
     """A raw layer, and the tokens that it is fed."""
 
     policy: EvictionPolicy
-    kernels: LayerKernels | None
+    kernels: TrainedMemory | None
     blocks: list[int]
     real: torch.Tensor | None  # [b, T]
     states: tuple[torch.Tensor, ...]  # queries [b, h, T, d], keys and values [b, g, T, d]
 
     def __repr__(self) -> str:  # a failing example is read by people: shapes, not numbers
         shapes = [list(states.shape) for states in self.states]
-        kernels = self.kernels is not None
+        kernels = type(self.kernels).__name__
         return f"Case({self.policy}, kernels={kernels}, blocks={self.blocks}, real={self.real}, shapes={shapes})"
 
     def layer(self) -> LESSLayer:
@@ -73,6 +74,7 @@ def cases(
     lengths = draw(partitions() if blocks is None else blocks)
     length = sum(lengths)
     with_kernels = draw(st.booleans()) if kernels is None else kernels
+    memory = draw(st.sampled_from(list(MEMORIES))) if with_kernels else None
     seed = draw(SEEDS)
     real = None
     if padding == "left":
@@ -83,7 +85,7 @@ def cases(
         real = torch.tensor([[True] * length, *masks])
     return Case(
         policy=draw(policies(name, fractions)),
-        kernels=tiny.layer_kernels(h, g, d, seed=seed) if with_kernels else None,
+        kernels=tiny.layer_kernels(h, g, d, seed=seed, memory=memory) if memory else None,
         blocks=lengths,
         real=real,
         states=tiny.random_states(b, h, g, length, d, seed=seed),

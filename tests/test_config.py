@@ -25,7 +25,8 @@ EVERYTHING = {
     "metrics": {"perplexity": 21.062500000000004, "note": "φ und ψ"},
     "sha256": "0" * 64,
     "less_cache_version": "9.9.9",
-    "format_version": 1,
+    "format_version": 2,
+    "memory": "soft_centroids",
 }
 
 

@@ -100,7 +100,7 @@ def test_a_model_of_kernels():
     kernels = LESSKernels(config)
     assert [index for index in range(4) if kernels.for_layer(index) is not None] == [1, 3]
     assert kernels.for_layer(1) is not kernels.for_layer(3)
-    assert kernels.for_layer(1).rank == R
+    assert kernels.for_layer(1).num_virtual_tokens == R
     assert not any(parameter.requires_grad for parameter in kernels.parameters())
 
 
@@ -111,9 +111,9 @@ def test_sizes_by_layer(monkeypatch):
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
     for index, hidden_size, rank in ((3, M + 1, R), (1, M, R + 2)):
         layer = fill(kernels.for_layer(index), torch.Generator().manual_seed(0))
-        assert layer.query_in.shape == (H, D, hidden_size) and layer.rank == rank
+        assert layer.query_in.shape == (H, D, hidden_size) and layer.num_virtual_tokens == rank
         half = layer.for_heads(1)
-        assert half.rank == rank
+        assert half.num_virtual_tokens == rank
         queries, keys = torch.randn(1, H, 5, D), torch.randn(1, G, 5, D)
         assert torch.equal(half.query_features(queries[:, H // 2 :]), layer.query_features(queries)[:, H // 2 :])
         assert torch.equal(half.key_features(keys[:, 1:]), layer.key_features(keys)[:, 1:])

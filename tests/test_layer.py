@@ -93,7 +93,8 @@ def test_half_precision_is_used_for_slots_and_outputs_alone(name, dtype, data):
     torch.testing.assert_close(output.double(), expected, rtol=resolution, atol=resolution)
     key_features = case.kernels.key_features(case.states[1]) * ~kept[-1].unsqueeze(-1)
     torch.testing.assert_close(layer.state.features_sum, key_features.sum(dim=2))
-    torch.testing.assert_close(layer.state.values_sum, key_features.transpose(-1, -2) @ case.states[2].float())
+    pairs = case.kernels.remembered(*case.states[1:]).float()
+    torch.testing.assert_close(layer.state.values_sum, key_features.transpose(-1, -2) @ pairs)
 
 
 @given(SEEDS, partitions())
@@ -135,7 +136,7 @@ def test_state_equals_the_closed_form_sum_over_the_evicted(name, data):
     evicted = case.real_tokens().unsqueeze(1) & ~kept[-1]  # [b, g, T]
     key_features = case.kernels.key_features(key) * evicted.unsqueeze(-1)  # [b, g, T, r]
     layer, _ = feed(case)
-    torch.testing.assert_close(layer.state.values_sum, torch.einsum("bgtr,bgtd->bgrd", key_features, value))
+    torch.testing.assert_close(layer.state.values_sum, torch.einsum("bgtr,bgtd->bgrd", key_features, case.kernels.remembered(key, value)))
     torch.testing.assert_close(layer.state.features_sum, key_features.sum(dim=2))
 
 

@@ -30,11 +30,11 @@ def test_folding_piece_by_piece_is_the_sum_over_all_pairs(seed, pieces):
 
 
 @given(SEEDS)
-def test_virtual_values_lie_among_the_evicted_values(seed):
+def test_means_lie_among_the_evicted_values(seed):
     key_features, values = pairs(seed, 6)
     state = empty()
     state.fold_in(key_features, values)
-    virtual = state.virtual_values()  # [b, g, r, d]
+    virtual = state.means()  # [b, g, r, d]
     reached = (state.features_sum > 0).unsqueeze(-1)
     assert torch.where(reached, virtual <= values.amax(dim=2, keepdim=True) + 1e-5, virtual == 0).all()
     assert torch.where(reached, virtual >= values.amin(dim=2, keepdim=True) - 1e-5, virtual == 0).all()
@@ -43,7 +43,7 @@ def test_virtual_values_lie_among_the_evicted_values(seed):
 def test_features_of_zero_fold_nothing():
     state = empty()
     state.fold_in(torch.zeros(2, 2, 5, 3), torch.full((2, 2, 5, 4), 1e30))
-    assert state.features_sum.eq(0).all() and state.values_sum.eq(0).all() and state.virtual_values().eq(0).all()
+    assert state.features_sum.eq(0).all() and state.values_sum.eq(0).all() and state.means().eq(0).all()
 
 
 def test_the_state_is_float32_and_changes_in_place_whatever_the_values_are():

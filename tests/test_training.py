@@ -17,6 +17,7 @@ import zoo
 
 from less_cache import CORM, H2O, LESSCache, LESSError, LESSKernels, SinkRecent, hook
 from less_cache.attention import attention_logits
+from less_cache.kernels import MEMORIES
 from less_cache.layer import LESSLayer
 from less_cache.training import TokenSampler, TrainingOptions, estimate, train
 from less_cache.training import joint as joint_module
@@ -51,12 +52,12 @@ def equal(left: LESSKernels, right: LESSKernels) -> bool:
 
 
 @pytest.mark.parametrize("policy", [H2O(3, 2), SinkRecent(2, 3), CORM(3, 2)], ids=lambda policy: policy.name)
-@pytest.mark.parametrize("with_kernels", [False, True])
+@pytest.mark.parametrize("memory", [None, *MEMORIES])
 @pytest.mark.parametrize("with_sinks", [False, True])
-def test_simulated_decoding_equals_the_cache(policy, with_kernels, with_sinks):
+def test_simulated_decoding_equals_the_cache(policy, memory, with_sinks):
     b, h, g, d, p, n = 2, 4, 2, 8, 11, 9
     queries, keys, values = tiny.random_states(b, h, g, p + n, d)
-    kernels = tiny.layer_kernels(h, g, d) if with_kernels else None
+    kernels = tiny.layer_kernels(h, g, d, memory=memory) if memory else None
     sinks = {"s_aux": torch.linspace(-1, 2, h)} if with_sinks else {}
     cached = tiny.feed(LESSLayer(policy, kernels, 0), queries, keys, values, [p] + [1] * n, **sinks)[:, :, p:]
 
@@ -65,7 +66,7 @@ def test_simulated_decoding_equals_the_cache(policy, with_kernels, with_sinks):
     example = Example(p, policy)
     (decode,) = roll_layers([teacher], example, list(teacher.scores_after([example])), n)
     logits = attention_logits(queries[:, :, p:], columns(keys, decode.order, p), decode.visible, d**-0.5)
-    simulated = attend(decode, queries[:, :, p:], keys, values, kernels, logits, teacher.sinks)
+    simulated = attend(decode, queries[:, :, p:], keys, values, kernels, logits, d**-0.5, sinks=teacher.sinks)
     torch.testing.assert_close(simulated, cached, rtol=1e-4, atol=1e-5)
 
 
@@ -266,7 +267,7 @@ def test_the_estimate_of_disk_is_what_capture_writes(tmp_path):
             tensors += shard.keys.nbytes + shard.values.nbytes
             tensors += sum(tensor.nbytes for decoded in shard.decoded for tensor in vars(decoded).values())
     kernels = 4 * 2 * (4 * (8 * 4 + 4 * 8) + 2 * (8 * 4 + 4 * 8 + 8 * 8 + 2 * 8))
-    assert estimate(model, TINY).disk == tensors + 5 * kernels
+    assert estimate(model, dataclasses.replace(TINY, memory="low_rank")).disk == tensors + 5 * kernels
 
 
 def test_a_model_writes_its_own_text(tmp_path):

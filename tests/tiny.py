@@ -7,8 +7,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from less_cache import H2O, LESSCache, LESSConfig, LESSKernels
 from less_cache.families import fingerprint, geometry
-from less_cache.kernels import LayerKernels
+from less_cache.kernels import MEMORIES
 from less_cache.layer import LESSLayer
+from less_cache.memory import TrainedMemory
 
 VOCAB = 97
 
@@ -63,20 +64,25 @@ def tiny_kernels(
     return kernels
 
 
-def fill(kernels: LayerKernels, generator: torch.Generator) -> LayerKernels:
-    """Fill `kernels` with weights that matter: at the official 1e-4 scales the state would be next to nothing."""
+def fill(kernels: TrainedMemory, generator: torch.Generator) -> TrainedMemory:
+    """Fill `kernels` with weights that matter: as training starts, the state would be next to nothing."""
     kernels.reset_parameters(generator)
-    for scale in (kernels.key_scale, kernels.mix_scale):
-        torch.nn.init.uniform_(scale, 0.5, 1.5, generator=generator)
+    for name, parameter in kernels.named_parameters():
+        if name.endswith("scale"):
+            torch.nn.init.uniform_(parameter, 0.5, 1.5, generator=generator)
+        if name.endswith(("bias", "skip")):
+            torch.nn.init.uniform_(parameter, -0.3, 0.3, generator=generator)
     return kernels.requires_grad_(False)
 
 
 # One raw layer, without a model around it.
 
 
-def layer_kernels(h: int, g: int, d: int, rank: int = 4, hidden_size: int = 8, seed: int = 0) -> LayerKernels:
+def layer_kernels(
+    h: int, g: int, d: int, rank: int = 4, hidden_size: int = 8, seed: int = 0, memory: str = "low_rank"
+) -> TrainedMemory:
     """Random kernels of one layer, as heavy as `tiny_kernels`."""
-    return fill(LayerKernels(h, g, d, hidden_size, rank), torch.Generator().manual_seed(seed))
+    return fill(MEMORIES[memory](h, g, d, hidden_size, rank), torch.Generator().manual_seed(seed))
 
 
 def random_states(b: int, h: int, g: int, length: int, d: int, seed: int = 0) -> tuple[torch.Tensor, ...]:

@@ -5,11 +5,13 @@ hidden size, `r` rank.
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 from transformers import PreTrainedModel
 
 from less_cache.families import full_attention_layers, geometry
+from less_cache.kernels import MEMORIES
 from less_cache.training import capture, joint
 from less_cache.training.options import Example, TrainingOptions, draw_examples
 
@@ -52,7 +54,7 @@ def estimate(model: PreTrainedModel, options: TrainingOptions) -> Cost:
         for example in examples:
             p = example.prompt_length
             c = options.most_budget * (p + n) + n
-            total += 2 * (h * n + g * (p + n)) * (d * m + m * r) + 4 * h * n * c * (d + r)
+            total += 2 * (h * n + g * (p + n)) * (d * m + m * r) + 4 * h * n * c * d + 2 * g * n * c * r * (d + 1)
         return 3 * total
 
     def shard(examples: Sequence[Example]) -> int:
@@ -62,7 +64,7 @@ def estimate(model: PreTrainedModel, options: TrainingOptions) -> Cost:
 
     captured = [draw_examples(options, capture.STAGE, index) for index in range(options.sequences)]
     drawn = [draw_examples(options, joint.STAGE, index) for index in range(options.joint_steps * options.batch_size)]
-    kernel_bytes = 4 * layers * (h * (d * m + m * r) + g * (d * m + m * r + r * r + 2 * r))
+    kernel_bytes = 4 * layers * sum(math.prod(shape) for shape in MEMORIES[options.memory].shapes(h, g, d, m, r).values())
     mean = sum(map(less, captured)) / len(captured)
     longest = options.longest
     return Cost(

@@ -22,6 +22,7 @@ from less_cache.training.options import Example, TrainingOptions, cosine, draw_e
 from less_cache.training.processes import Processes
 
 STAGE = "joint"
+WARM_UP = 10  # steps in which the learning rate rises
 
 
 class JointStage:
@@ -39,7 +40,7 @@ class JointStage:
         kernels.requires_grad_(True)
         self.parameters = list(kernels.parameters())
         self.sizes = [parameter.numel() for parameter in self.parameters]
-        self.optimizer = torch.optim.Adam(self.parameters)
+        self.optimizer = torch.optim.Adam(self.parameters, betas=(0.9, 0.98))  # few steps: the usual 0.999 adapts too late
         self.losses: list[float] = []
 
     @property
@@ -63,6 +64,7 @@ class JointStage:
             parameter.grad = gradient.view_as(parameter)
         for group in self.optimizer.param_groups:
             group["lr"] = cosine(options.joint_learning_rate, self.step / options.joint_steps)
+            group["lr"] *= min(1, (self.step + 1) / WARM_UP)
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
         self.losses.append(loss)

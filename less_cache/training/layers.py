@@ -13,8 +13,9 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidi
 from less_cache import hook
 from less_cache.attention import attention_logits, causal_weights
 from less_cache.errors import LESSError
-from less_cache.kernels import LayerKernels, LESSKernels
+from less_cache.kernels import LESSKernels
 from less_cache.layer import SCORE_BLOCK
+from less_cache.memory import TrainedMemory
 from less_cache.training.options import Example
 from less_cache.training.simulate import Decode, attend, columns, roll
 
@@ -120,7 +121,7 @@ class StudentLayer(TrainingLayer):
     What is kept follows the teacher's queries (`decode`), what is attended the student's own.
     """
 
-    def __init__(self, teacher: TeacherLayer, decode: Decode, kernels: LayerKernels):
+    def __init__(self, teacher: TeacherLayer, decode: Decode, kernels: TrainedMemory):
         super().__init__()
         self.teacher = teacher
         self.decode = decode
@@ -134,7 +135,9 @@ class StudentLayer(TrainingLayer):
         logits = attention_logits(
             query_states, columns(keys, self.decode.order, p), self.decode.visible, teacher.scaling, teacher.softcap
         )
-        output = attend(self.decode, query_states, keys, values, self.kernels, logits, teacher.sinks)
+        output = attend(
+            self.decode, query_states, keys, values, self.kernels, logits, teacher.scaling, teacher.softcap, teacher.sinks
+        )
         return output.transpose(1, 2).to(query_states.dtype), None
 
 

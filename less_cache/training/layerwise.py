@@ -17,7 +17,7 @@ import torch
 
 from less_cache.attention import attention_logits
 from less_cache.errors import LESSError
-from less_cache.kernels import LayerKernels
+from less_cache.memory import TrainedMemory
 from less_cache.training.capture import STAGE, Shard, shard_path
 from less_cache.training.files import load_tensors, save_tensors
 from less_cache.training.options import TrainingOptions, cosine, draw_examples
@@ -39,7 +39,7 @@ class LayerRecord:
 class LayerTask:
     """Kernels of one layer, its shards, and what the policy keeps at every step of every example."""
 
-    def __init__(self, folder: Path, layer_idx: int, options: TrainingOptions, kernels: LayerKernels, device: torch.device):
+    def __init__(self, folder: Path, layer_idx: int, options: TrainingOptions, kernels: TrainedMemory, device: torch.device):
         self.folder, self.layer_idx, self.options, self.kernels, self.device = folder, layer_idx, options, kernels, device
         path = folder / "projection.safetensors"
         self.projection = load_tensors(path, device)[0]["weight"] if path.exists() else None  # [hidden, h·d]
@@ -88,8 +88,10 @@ class LayerTask:
             keys, values = (states[None, :, : p + queries.shape[2]] for states in (shard.keys, shard.values))
             with torch.no_grad():
                 logits = attention_logits(queries, columns(keys, decode.order, p), decode.visible, shard.scaling, shard.softcap)
-                alone = self._projected(attend(decode, queries, keys, values, None, logits, shard.sinks) - target)
-            error = self._projected(attend(decode, queries, keys, values, self.kernels, logits, shard.sinks) - target)
+            constants = logits, shard.scaling, shard.softcap, shard.sinks
+            with torch.no_grad():
+                alone = self._projected(attend(decode, queries, keys, values, None, *constants) - target)
+            error = self._projected(attend(decode, queries, keys, values, self.kernels, *constants) - target)
             losses.append(error.square().mean() / alone.square().mean().clamp_min(1e-12))
         return losses
 
@@ -109,7 +111,7 @@ def train_layer(
     folder: Path,
     layer_idx: int,
     options: TrainingOptions,
-    kernels: LayerKernels,
+    kernels: TrainedMemory,
     device: torch.device,
     advance: Callable[[int, float], object] = lambda done, loss: None,
 ) -> LayerRecord:
@@ -144,11 +146,11 @@ def train_layer(
     return LayerRecord(layer_idx, before, task.error_left(held_out), losses)
 
 
-def save_layer(path: Path, kernels: LayerKernels, record: LayerRecord) -> None:
+def save_layer(path: Path, kernels: TrainedMemory, record: LayerRecord) -> None:
     save_tensors(path, kernels.state_dict(), {"record": json.dumps(dataclasses.asdict(record))})
 
 
-def load_layer(path: Path, kernels: LayerKernels) -> LayerRecord:
+def load_layer(path: Path, kernels: TrainedMemory) -> LayerRecord:
     """Read a finished layer into `kernels`."""
     tensors, metadata = load_tensors(path)
     kernels.load_state_dict(tensors)

@@ -23,7 +23,7 @@ class TrainingOptions:
         joint_steps: Steps of the second stage: all layers run under LESS, the model's output distribution is matched.
         batch_size: Sequences a step of the second stage.
         layerwise_learning_rate, joint_learning_rate: Adam's, at the start; falls to a tenth along a cosine.
-        rank, hidden_size: Sizes of the kernels.
+        memory, rank, hidden_size: Kind and sizes of the kernels, as in `LESSConfig`.
         seed: Of the initial weights and of every draw.
         checkpoint_every: Steps between checkpoints of the second stage.
     """
@@ -32,14 +32,15 @@ class TrainingOptions:
     least_budget: float = 0.02
     most_budget: float = 0.2
     prompts: tuple[int, ...] = (256, 512, 1024, 2048)
-    prompts_per_sequence: int = 3
-    decoded: int = 128
+    prompts_per_sequence: int = 1
+    decoded: int = 256
     sequences: int = 24
     layerwise_steps: int = 200
     joint_steps: int = 100
-    batch_size: int = 2
+    batch_size: int = 4
     layerwise_learning_rate: float = 2e-3
-    joint_learning_rate: float = 1e-3
+    joint_learning_rate: float = 4e-3
+    memory: str = "soft_centroids"
     rank: int = 8
     hidden_size: int = 64
     seed: int = 0

@@ -9,10 +9,8 @@ import dataclasses
 import torch
 
 from less_cache.attention import attention_logits, sparse_softmax
-from less_cache.kernels import LayerKernels
+from less_cache.memory import TrainedMemory
 from less_cache.policies import EvictionPolicy
-
-MAX_EXPONENT = 60.0  # e^60 is far from float32's overflow
 
 
 @dataclasses.dataclass
@@ -102,37 +100,47 @@ def attend(
     query_states: torch.Tensor,
     key_states: torch.Tensor,
     value_states: torch.Tensor,
-    kernels: LayerKernels | None,
+    memory: TrainedMemory | None,
     logits: torch.Tensor,
+    scaling: float,
+    softcap: float | None = None,
     sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Attention output of the decoded tokens, `[b, h, n, d]` float32, by the plain formula of `LESSCache`.
+    """Attention output of the decoded tokens, `[b, h, n, d]` float32: kept and virtual tokens in one softmax.
 
     `logits`: of the queries and the columns, `[b, g, s, n, c]`, -inf where not visible. `sinks`: `[h]`.
     """
     p = decode.keep.shape[-1]
     b, g, s, n, c = logits.shape
-    value_states = value_states.float()
-    column_values = columns(value_states, decode.order, p)  # [b, g, c, d]
-    largest = logits.amax(dim=-1, keepdim=True).detach()
-    weights = (logits - largest).exp()
-    denominator = weights.sum(dim=-1, keepdim=True)
+    column_values = columns(value_states.float(), decode.order, p)  # [b, g, c, d]
+    everything = [logits]
+    if memory is not None:
+        means, log_mass = _states(decode, key_states, value_states, memory)
+        everything.append(memory.log_query_features(query_states, means, scaling, softcap) + log_mass)
     if sinks is not None:
-        denominator = denominator + (sinks.float().view(1, g, s, 1, 1) - largest).exp()
-    if kernels is None:
-        mixed, numerator = weights, weights.new_zeros(())
-    else:
-        query_features = kernels.query_features(query_states).view(b, g, s * n, -1)
-        key_features = kernels.key_features(key_states)  # [b, g, p + n, r]
-        folded = key_features[:, :, :p] * ~decode.keep.unsqueeze(-1)
-        values_sum = folded.transpose(-1, -2) @ value_states[:, :, :p]  # [b, g, r, d]
-        features_sum = folded.sum(dim=2).unsqueeze(-1)  # [b, g, r, 1]
-        scale = (-largest).clamp_max(MAX_EXPONENT).exp()
-        query_features = query_features * scale.view(b, g, s * n, 1)
-        pairs = query_features @ columns(key_features, decode.order, p).transpose(-1, -2)  # [b, g, s·n, c]
-        pairs = pairs.view(b, g, s, n, c) * decode.evicted.unsqueeze(2)
-        mixed = weights + pairs  # a column is kept or folded, never both
-        numerator = (query_features @ values_sum).view(b, g, s, n, -1)
-        denominator = denominator + (query_features @ features_sum).view(b, g, s, n, 1) + pairs.sum(dim=-1, keepdim=True)
-    numerator = numerator + (mixed.view(b, g, s * n, c) @ column_values).view(b, g, s, n, -1)
-    return (numerator / denominator).flatten(1, 2)
+        everything.append(sinks.float().view(1, g, s, 1, 1).expand(b, g, s, n, 1))
+    weights = torch.cat(everything, dim=-1).softmax(dim=-1)
+    output = (weights[..., :c].reshape(b, g, s * n, c) @ column_values).view(b, g, s, n, -1)
+    if memory is not None:
+        virtual_weights = weights[..., c : c + memory.num_virtual_tokens].transpose(2, 3)  # [b, g, n, s, r]
+        values = means[..., : memory.values_dim(means.shape[-1])]  # [b, g, n, r, d]
+        output = output + (virtual_weights @ values).transpose(2, 3)
+    return output.flatten(1, 2)
+
+
+def _states(
+    decode: Decode, key_states: torch.Tensor, value_states: torch.Tensor, memory: TrainedMemory
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The state when each query attends: means `[b, g, n, r, *]` and log-masses `[b, g, 1, n, r]`."""
+    p = decode.keep.shape[-1]
+    tiny = torch.finfo(torch.float32).tiny
+    features = memory.key_features(key_states)  # [b, g, p + n, r]
+    remembered = memory.remembered(key_states, value_states).float()  # [b, g, p + n, *]
+    folded = features[:, :, :p] * ~decode.keep.unsqueeze(-1)
+    late_features = columns(features, decode.order, p)  # [b, g, c, r]
+    late_pairs = late_features.unsqueeze(-1) * columns(remembered, decode.order, p).unsqueeze(-2)  # [b, g, c, r, *]
+    evicted = decode.evicted.float()
+    mass = folded.sum(dim=2, keepdim=True) + evicted @ late_features  # [b, g, n, r]
+    sums = (folded.transpose(-1, -2) @ remembered[:, :, :p]).unsqueeze(2)  # [b, g, 1, r, *]
+    sums = sums + (evicted @ late_pairs.flatten(-2)).unflatten(-1, sums.shape[-2:])  # [b, g, n, r, *]
+    return sums / mass.unsqueeze(-1).clamp_min(tiny), mass.clamp_min(tiny).log().unsqueeze(2)

@@ -90,6 +90,7 @@ class _Run:
         self.work = output / WORK_NAME
         config = LESSConfig(
             **dataclasses.asdict(geometry(model.config)),
+            memory=options.memory,
             rank=options.rank,
             hidden_size=options.hidden_size,
             layers=full_attention_layers(model.config),
