@@ -159,8 +159,8 @@ def test_time_outs(hub, own, used):
     session.event_hooks = {"request": [*session.event_hooks["request"], lambda request: asked.append(request.extensions)]}
     before = session.event_hooks
     publishable().push_to_hub(REPO, token=OWNER_TOKEN)
-    assert len(asked) > 5
-    assert {request["timeout"]["read"] for request in asked} <= {used, 0.5} and used in [r["timeout"]["read"] for r in asked]
+    waits = {request["timeout"]["read"] for request in asked}  # some of the client's own calls have a time-out of theirs
+    assert len(asked) > 5 and used in waits and None not in waits
     assert session.event_hooks == before
 
 
