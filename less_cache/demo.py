@@ -76,7 +76,7 @@ def run(
     console.print(f"[bold]model[/]    {model_name}")
     console.print(f"[bold]text[/]     {(prompt_file or TEXT).name}: {prompt_length:,} tokens, and {SCORED} held out")
     console.print(f"[bold]policy[/]   {policy}")
-    where = shown(kernels) if kernels is not None else "none: only the full cache and the policy are shown"
+    where = (kernels_name or shown(kernels)) if kernels is not None else "none: only the full cache and the policy are shown"
     console.print(f"[bold]kernels[/]  {where}")
 
     contenders = {"full cache": DynamicCache(config=model.config), f"{policy_name} alone": LESSCache(model, policy)}

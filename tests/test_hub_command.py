@@ -147,6 +147,7 @@ def test_malformed_metrics(folder, changes, plot):
 BAD = {
     "no folder": (("card", "absent"), "Expected a folder of kernels"),
     "push no folder": (("push", "absent", REPO), "Expected a folder of kernels"),
+    "pull into a file": (("pull", "KERNELS", "--output", __file__), "cannot be written"),
     "no report": (("card", "KERNELS", "--report", "prose=absent.json"), "Expected --report NAME=FILE"),
     "no name": (("card", "KERNELS", "--report", "absent.json"), "Expected --report NAME=FILE"),
     "other kernels": (("card", "KERNELS", "--report", "prose=OTHER"), "a report on other kernels"),

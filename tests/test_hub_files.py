@@ -329,6 +329,22 @@ def test_damaged_folder(folder, damage, message):
     assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("closed", [CONFIG_NAME, WEIGHTS_NAME])
+def test_a_file_that_this_user_may_not_read(closed):
+    with tempfile.TemporaryDirectory() as name:  # not below a folder that only its owner may enter
+        small_kernels().save_pretrained(name)
+        os.chmod(name, 0o755)
+        os.chmod(Path(name, closed), 0)
+        user = os.geteuid()
+        try:
+            if user == 0:
+                os.seteuid(65534)
+            with pytest.raises(LESSError, match=f"{closed}: this user may not read it"):
+                LESSKernels.from_pretrained(name)
+        finally:
+            os.seteuid(user)
+
+
 def test_a_pickle_is_never_loaded(folder, tmp_path_factory):
     trace = tmp_path_factory.mktemp("trace") / "trace"
 

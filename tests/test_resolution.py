@@ -14,9 +14,9 @@ from test_hub_files import contents
 from test_hub_publish import publishable
 from transformers import AutoModelForCausalLM
 
-from less_cache import H2O, LESSCache, LESSConfig, LESSError, SinkRecent
+from less_cache import H2O, LESSCache, LESSConfig, LESSError, LESSKernels, SinkRecent
 from less_cache.families import fingerprint
-from less_cache.hub import catalogue, publish
+from less_cache.hub import card, catalogue, publish
 from less_cache.hub.files import CONFIG_NAME
 
 HUB = Path(__file__).parents[1] / "hub"
@@ -193,6 +193,15 @@ def test_the_catalogue_is_what_the_folders_say():
     entries = json.loads((HUB / "catalogue.json").read_text())
     listed = {(name, entry["fingerprint"], entry["folder"]) for name, sets in entries.items() for entry in sets}
     assert described and listed == described
+
+
+@pytest.mark.parametrize("folder", sorted(path.parent for path in HUB.glob(f"*/{CONFIG_NAME}")), ids=lambda folder: folder.name)
+def test_published_sets_load_and_their_cards_are_what_would_be_written_now(folder):
+    config = LESSKernels.from_pretrained(folder).config
+    assert config.sha256 is not None
+    plot = (folder / card.PLOT_NAME).exists()
+    companions = publish.companions(folder, config, f"hub/{folder.name}", plot=plot)
+    assert (folder / publish.CARD_NAME).read_bytes() == companions[publish.CARD_NAME]
 
 
 def test_published_code_is_the_package_s():

@@ -137,16 +137,14 @@ def _sections(config: LESSConfig, name: str, weights: str, plot: bool) -> list[s
         "",
         "```python",
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
-        "from less_cache import LESSCache",
+        "from less_cache import LESSCache" if policy else "from less_cache import H2O, LESSCache",
         "",
         f'model = AutoModelForCausalLM.from_pretrained("{base}")',
         f'tokenizer = AutoTokenizer.from_pretrained("{base}")',
-        f'cache = LESSCache.from_pretrained("{name}", model)  # keeps {_counts(policy)}, unless budget= says otherwise',
+        *_cache(name, policy),
         'inputs = tokenizer("A long text …", return_tensors="pt")',
         "output = model.generate(**inputs, past_key_values=cache, max_new_tokens=256)",
-        "",
-        "# The same without the class, a budget in tokens:",
-        f'output = model.generate(**inputs, custom_generate="{name}", trust_remote_code=True, less_budget=128)',
+        *_without_the_class(name, policy),
         "```",
         "",
         f"A derivative of [{base}](https://huggingface.co/{base}), whose licence applies.",
@@ -166,6 +164,25 @@ def _sections(config: LESSConfig, name: str, weights: str, plot: bool) -> list[s
         lines += ["```"]
     lines += ["", f"Written by less-cache {config.less_cache_version}; sha256 of the weights: `{config.sha256}`."]
     return lines
+
+
+def _cache(name: str, policy: dict) -> list[str]:
+    if not policy:
+        return [f'cache = LESSCache.from_pretrained("{name}", model, policy=H2O(heavy=64, recent=64))']
+    return [
+        f"# Keeps {_counts(policy)}, unless budget= says otherwise:",
+        f'cache = LESSCache.from_pretrained("{name}", model)',
+    ]
+
+
+def _without_the_class(name: str, policy: dict) -> list[str]:
+    if not policy:
+        return []  # it takes no policy
+    return [
+        "",
+        "# The same without the class, a budget in tokens:",
+        f'output = model.generate(**inputs, custom_generate="{name}", trust_remote_code=True, less_budget=128)',
+    ]
 
 
 def _table(label: str, report: dict) -> list[str]:

@@ -132,8 +132,12 @@ def describe(folder: Path) -> str:
 
 
 def locate(folder: Path, name: str) -> Path:
-    """A file of the folder. `LESSError` if it is missing, or a symbolic link to elsewhere than the blobs of the Hub's cache."""
+    """A file of the folder. `LESSError` if it is missing, closed to this user, or a symbolic link to elsewhere than the blobs
+    of the Hub's cache.
+    """
     path = folder / name
+    if path.exists() and not os.access(path, os.R_OK, effective_ids=os.access in os.supports_effective_ids):
+        raise LESSError(f"{path}: this user may not read it. Change its mode, or download it again.")
     if not path.is_file():
         found = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) or "an empty folder"
         raise LESSError(
