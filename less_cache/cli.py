@@ -112,9 +112,7 @@ def train(
         int, typer.Option(min=0, help="Steps on the model's output, all layers under LESS.")
     ] = TrainingOptions.joint_steps,
     batch_size: Annotated[int, typer.Option(min=1, help="Sequences a joint step.")] = TrainingOptions.batch_size,
-    memory: Annotated[
-        str, typer.Option(help="soft_centroids, or low_rank: the paper's φ and ψ.")
-    ] = TrainingOptions.memory,
+    memory: Annotated[str, typer.Option(help="soft_centroids, or low_rank: the paper's φ and ψ.")] = TrainingOptions.memory,
     hidden_size: Annotated[int, typer.Option(min=1, help="Hidden size of φ and ψ.")] = TrainingOptions.hidden_size,
     dtype: Annotated[str, typer.Option(help="Type of the model's weights: float32 or bfloat16.")] = "float32",
     seed: Annotated[int, typer.Option(help="Of the initial weights and of every draw.")] = TrainingOptions.seed,
@@ -244,9 +242,10 @@ def perplexity(
     decoded: Annotated[int, typer.Option(min=1, help="Tokens scored after the prompt, one by one.")] = 128,
     batch_size: Annotated[int, typer.Option(min=1, help="Sequences at once.")] = 8,
     output: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the JSON line here too.")] = None,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw perplexity over bytes, PNG.")] = None,
 ) -> None:
     """Perplexity of text decoded token by token: full cache, policy, policy with the state's bytes, and LESS."""
     from less_cache.evaluation.command import run
 
     sizes = [parse_budget(budget) for budget in budgets]
-    run(model, kernels, policy, sizes, data, sequences, prompt_length, decoded, batch_size, output)
+    run(model, kernels, policy, sizes, data, sequences, prompt_length, decoded, batch_size, output, plot)

@@ -30,9 +30,9 @@ def reference_attention(
         w_ij = e^{l_ij} where query i sees token j, φ(q_i) ψ(k_j)ᵀ where j is evicted, otherwise 0
         out_i = Σ_j w_ij v_j / Σ_j w_ij
 
-    This is the formula of LESS with H and z written out as sums over the evicted tokens; φ may read their means. A query sees the tokens that
-    were kept before its block and those of its block up to itself; after every block there is one selection, by the
-    policy's own methods over columns for all T tokens (position -1: padding, evicted or not yet there).
+    This is the formula of LESS with H and z written out as sums over the evicted tokens, whose means φ may read. A query
+    sees the tokens that were kept before its block and those of its block up to itself; after every block there is one
+    selection, by the policy's own methods over columns for all T tokens (position -1: padding, evicted or not yet there).
 
     Args:
         query_states: After RoPE, `[b, h, T, d]`.

@@ -30,10 +30,12 @@ class LayerSoftCentroids(TrainedMemory):
     R = rank / 2 centroids of 2 d + 1 numbers take no more than the R' = rank rows of d + 1 numbers of a low-rank state.
     """
 
+    query_bias: nn.Parameter
+
     @staticmethod
     def shapes(h: int, g: int, d: int, m: int, rank: int) -> dict[str, tuple[int, ...]]:
         r = rank // 2
-        shapes = {}
+        shapes: dict[str, tuple[int, ...]] = {}
         for side, heads in (("query", h), ("key", g)):
             shapes |= {
                 f"{side}_in": (heads, d, m),  # W1

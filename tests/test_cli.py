@@ -83,9 +83,12 @@ def test_train_then_evaluate(model, text, tmp_path):
 
     lengths = ("--sequences", 2, "--prompt-length", 40, "--decoded", 8)
     budgets = ("--budget", 8, "--budget", 0.3)  # 30 % of 40
-    result = run("eval", "perplexity", model, "--data", text, "--kernels", tmp_path / "kernels", *budgets, *lengths)
+    measured = ("--data", text, "--kernels", tmp_path / "kernels", *budgets, *lengths, "--plot", tmp_path / "plot.png")
+    result = run("eval", "perplexity", model, *measured)
     assert result.exit_code == 0, result.output
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
     report = json.loads(result.stdout.splitlines()[-1])
+    assert report["results"][0][0] == report["results"][1][0]  # the full cache is the same, and measured once
     assert [row["cache"] for row in report["results"][0]] == ["full", "policy", "baseline+", "baseline+", "untrained", "less"]
     assert report["results"][1][1]["policy"] == {"name": "h2o", "heavy": 6, "recent": 6}
 

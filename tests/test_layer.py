@@ -136,7 +136,9 @@ def test_state_equals_the_closed_form_sum_over_the_evicted(name, data):
     evicted = case.real_tokens().unsqueeze(1) & ~kept[-1]  # [b, g, T]
     key_features = case.kernels.key_features(key) * evicted.unsqueeze(-1)  # [b, g, T, r]
     layer, _ = feed(case)
-    torch.testing.assert_close(layer.state.values_sum, torch.einsum("bgtr,bgtd->bgrd", key_features, case.kernels.remembered(key, value)))
+    torch.testing.assert_close(
+        layer.state.values_sum, torch.einsum("bgtr,bgtd->bgrd", key_features, case.kernels.remembered(key, value))
+    )
     torch.testing.assert_close(layer.state.features_sum, key_features.sum(dim=2))
 
 

@@ -76,7 +76,10 @@ def test_an_empty_state_has_no_weight():
 def test_no_more_bytes_than_the_low_rank_state():
     sizes = 4, 2, 64, 8, 8
     (soft, low_rank) = (
-        sum(tensor.numel() for tensor in vars(tiny.layer_kernels(*sizes[:3], rank=8, memory=name).empty_state(1, 2, 64, None)).values())
+        sum(
+            tensor.numel()
+            for tensor in vars(tiny.layer_kernels(*sizes[:3], rank=8, memory=name).empty_state(1, 2, 64, None)).values()
+        )
         for name in ("soft_centroids", "low_rank")
     )
     assert 0.97 * low_rank < soft <= low_rank

@@ -13,6 +13,7 @@ from rich.table import Table
 from less_cache import models
 from less_cache.errors import LESSError
 from less_cache.evaluation.perplexity import Measurement, measure, stretches
+from less_cache.evaluation.plot import draw
 from less_cache.kernels import LESSKernels
 from less_cache.policies import policy_class
 from less_cache.version import __version__
@@ -29,6 +30,7 @@ def run(
     decoded: int,
     batch_size: int,
     output: Path | None,
+    plot: Path | None,
 ) -> None:
     """Measure every budget on the same text; print a table each, then all of it as one JSON line."""
     console = Console(highlight=False, stderr=True)
@@ -43,29 +45,32 @@ def run(
     model, tokenizer = models.load(model_name)
     tokens = stretches(data, tokenizer, sequences, prompt_length + decoded)
     batches = -(-sequences // batch_size)
-    results = []
+    results: list[list[dict]] = []
+    full = None
     for policy in policies:
         with Progress(console=console, transient=True) as progress:
-            caches = 3 + len(dataclasses.fields(policy)) + (kernels is not None)
+            caches = (full is None) + 2 + len(dataclasses.fields(policy)) + (kernels is not None)
             task = progress.add_task(str(policy), total=caches * batches)
             advance = functools.partial(progress.advance, task)
-            rows = measure(model, tokens, policy, kernels, prompt_length, batch_size, advance)
+            rows = measure(model, tokens, policy, kernels, prompt_length, batch_size, advance, full)
+        full = rows[0]
         console.print(table(str(policy), rows))
         results.append([dataclasses.asdict(row) for row in rows])
-    line = json.dumps(
-        {
-            "model": model_name,
-            "kernels_sha256": kernels.config.sha256 if kernels is not None else None,
-            "data": [path.name for path in data],
-            "sequences": sequences,
-            "prompt_length": prompt_length,
-            "decoded": decoded,
-            "less_cache": __version__,
-            "results": results,
-        }
-    )
+    report = {
+        "model": model_name,
+        "kernels_sha256": kernels.config.sha256 if kernels is not None else None,
+        "data": [path.name for path in data],
+        "sequences": sequences,
+        "prompt_length": prompt_length,
+        "decoded": decoded,
+        "less_cache": __version__,
+        "results": results,
+    }
+    line = json.dumps(report)
     if output is not None:
         output.write_text(line + "\n")
+    if plot is not None:
+        plot.write_bytes(draw({", ".join(path.name for path in data): report}))
     print(line)
 
 

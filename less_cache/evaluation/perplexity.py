@@ -59,11 +59,13 @@ def measure(
     prompt_length: int,
     batch_size: int = 8,
     advance: Callable[[], object] = lambda: None,
+    full: Measurement | None = None,
 ) -> list[Measurement]:
     """Every cache at the policy's size on `tokens` `[count, p + n]`: one run, same text.
 
     Full cache, policy alone, baseline+ once for each count of the policy that could grow, the untrained state, and LESS
-    where there are kernels. `advance` is called after each batch of each cache.
+    where there are kernels. `advance` is called after each batch of each cache. `full`: the full cache on these tokens,
+    where it was measured before.
     """
 
     def run(name: str, make: Callable[[], Cache], used: EvictionPolicy | None) -> Measurement:
@@ -75,7 +77,7 @@ def measure(
 
     untrained = LESSKernels.untrained(model)
     rows = [
-        run("full", lambda: DynamicCache(config=model.config), None),
+        full or run("full", lambda: DynamicCache(config=model.config), None),
         run("policy", less(policy, None), policy),
     ]
     for field in dataclasses.fields(policy):

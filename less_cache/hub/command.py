@@ -1,7 +1,6 @@
 """What `less-cache pull`, `push`, `info`, `verify` and `card` do."""
 
 import dataclasses
-import io
 import json
 from pathlib import Path
 
@@ -9,6 +8,7 @@ from less_cache import models
 from less_cache.cache import LESSCache
 from less_cache.config import LESSConfig
 from less_cache.errors import LESSError
+from less_cache.evaluation.plot import draw
 from less_cache.hub import card, client, files, publish
 from less_cache.kernels import LESSKernels
 from less_cache.policies import H2O
@@ -70,36 +70,15 @@ def write_card(folder: Path, reports: list[str], base_model: str | None, license
     for entry in reports:
         label, _, path = entry.partition("=")
         config.metrics[label] = _report(label, Path(path), config)
-    image = {card.PLOT_NAME: draw(config)} if plot else {}
+    image = {}
+    if plot:
+        if not card.reports(config):
+            raise LESSError("The plot needs a report: pass --report NAME=FILE. Or pass --no-plot.")
+        image = {card.PLOT_NAME: draw(card.reports(config))}
     name = folder.name if folder.is_absolute() else folder.as_posix()
     companions = publish.companions(folder, config, name, license=license, plot=plot)
     files.replace(folder, {**image, **companions, files.CONFIG_NAME: config.to_json().encode()})
     print(folder / publish.CARD_NAME)
-
-
-def draw(config: LESSConfig) -> bytes:
-    """The card's plot, PNG: perplexity over the bytes of the cache, a panel for each report."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise LESSError("The plot needs matplotlib: pip install 'less-cache[train]'. Or pass --no-plot.") from error
-    named = card.reports(config)
-    if not named:
-        raise LESSError("The plot needs a report: pass --report NAME=FILE. Or pass --no-plot.")
-    figure = Figure(figsize=(4.5 * len(named), 3.5), layout="constrained")
-    for index, (label, report) in enumerate(named.items(), start=1):
-        axes = figure.add_subplot(1, len(named), index, title=label, xlabel="MB a sequence", ylabel="perplexity")
-        axes.axhline(report["results"][0][0]["perplexity"], color="grey", linestyle="--", label="full cache")
-        for cache in ("policy", "baseline+", "untrained", "less"):
-            measured = [[row for row in rows if row["cache"] == cache] for rows in report["results"]]  # one list a budget
-            best = [min(rows, key=lambda row: row["perplexity"]) for rows in measured if rows]
-            points = sorted((row["bytes"] / 1e6, row["perplexity"]) for row in best)
-            if points:
-                axes.plot(*zip(*points, strict=True), marker="o", label=cache)
-        axes.legend()
-    image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=100, metadata={"Software": None})
-    return image.getvalue()
 
 
 def _existing(folder: Path) -> Path:
