@@ -36,6 +36,7 @@ CORE = [  # each imports only from those before it
     "call",
     "recording",
     "layer",
+    "static",
     "resolution",
     "snapshot",
     "cache",
