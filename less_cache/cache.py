@@ -3,12 +3,13 @@
 import copy
 import dataclasses
 import os
+import sys
 import warnings
 import weakref
 from pathlib import Path
 
 import torch
-from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel, StaticCache
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from less_cache import hook, snapshot
@@ -22,9 +23,10 @@ from less_cache.families import (
     warn_untested,
 )
 from less_cache.kernels import LESSKernels
-from less_cache.layer import LESSLayer
+from less_cache.layer import PER_ROW, LESSLayer
 from less_cache.policies import H2O, USUAL_BUDGET, EvictionPolicy, policy_class, policy_from_dict
 from less_cache.resolution import kernels_for
+from less_cache.static import StaticLESSLayer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +73,9 @@ class LESSCache(Cache):
         model: The model, or its config. With the model, the kernels' base model is checked too.
         policy: What to keep, such as `H2O(heavy=64, recent=64)`. Default: the policy that the kernels were trained with.
         kernels: φ and ψ; None: the plain sparse policy.
+        static: Fixed shapes and addresses, so that `generate` compiles decoding, as it does with a `StaticCache`. The policy
+            must have a budget, no tokens can be given back (`crop`), and only blocks of several tokens are checked against
+            what was seen.
 
     Raises:
         LESSError: The model cannot work with a LESSCache, or the kernels belong to another model.
@@ -94,6 +99,7 @@ class LESSCache(Cache):
         model: PreTrainedModel | PreTrainedConfig,
         policy: EvictionPolicy | None = None,
         kernels: LESSKernels | None = None,
+        static: bool = False,
     ):
         config = model if isinstance(model, PreTrainedConfig) else getattr(model, "config", None)
         if not isinstance(config, PreTrainedConfig):
@@ -113,7 +119,8 @@ class LESSCache(Cache):
         loaded_model = None if isinstance(model, PreTrainedConfig) else model
         check_supported(config, loaded_model)
 
-        layers = list(DynamicCache(config=config).layers)
+        own = StaticCache(config=config, max_cache_len=sys.maxsize) if static else DynamicCache(config=config)
+        layers = list(own.layers)
         full_attention = full_attention_layers(config)
         if not full_attention:
             kinds = ", ".join(sorted({type(layer).__name__ for layer in layers}))
@@ -124,9 +131,15 @@ class LESSCache(Cache):
         warn_untested(config.model_type)
         if kernels is not None:
             check_kernels(kernels, config, full_attention, loaded_model)
+        layer_class = StaticLESSLayer if static else LESSLayer
         for index in full_attention:
             layer_kernels = kernels.for_layer(index) if kernels is not None else None
-            layers[index] = LESSLayer(policy, layer_kernels, index, leads=index == full_attention[0])
+            layers[index] = layer_class(policy, layer_kernels, index, leads=index == full_attention[0])
+        if growing := {type(layer).__name__ for layer in layers if getattr(layer, "max_cache_len", 0) == sys.maxsize}:
+            raise LESSError(
+                "LESSCache: expected layers of a fixed size beside those under LESS for static=True, got "
+                f"{', '.join(growing)}, which grows with the text. Use static=False."
+            )
         super().__init__(layers=layers)
         self.policy = policy
         self.kernels = kernels
@@ -147,6 +160,7 @@ class LESSCache(Cache):
         revision: str | None = None,
         token: str | bool | None = None,
         budget: int | float | None = None,
+        static: bool = False,
     ) -> "LESSCache":
         """A cache with the kernels of a folder or Hub repository.
 
@@ -157,9 +171,10 @@ class LESSCache(Cache):
             revision: Branch, tag or commit of a repository; default: main.
             token: For private and gated repositories; default: the one of `hf auth login`.
             budget: What the kernels' policy keeps: tokens (an int), or a share of the prompt (a float). Default: its own.
+            static: Fixed shapes, as in `LESSCache`.
         """
         kernels = LESSKernels.from_pretrained(folder_or_repo, revision=revision, token=token)
-        return cls(model, policy=_spending(budget, policy, kernels), kernels=kernels)
+        return cls(model, policy=_spending(budget, policy, kernels), kernels=kernels, static=static)
 
     @classmethod
     def for_model(
@@ -168,6 +183,7 @@ class LESSCache(Cache):
         budget: int | float | None = None,
         policy: EvictionPolicy | None = None,
         token: str | bool | None = None,
+        static: bool = False,
     ) -> "LESSCache":
         """A cache with the kernels that are known for this model.
 
@@ -180,17 +196,19 @@ class LESSCache(Cache):
             budget: What the kernels' policy keeps: tokens (an int), or a share of the prompt (a float). Default: its own.
             policy: What to keep, instead of the policy that the kernels were trained with.
             token: For private and gated repositories; default: the one of `hf auth login`.
+            static: Fixed shapes, as in `LESSCache`.
         """
         kernels = kernels_for(model, token)
         if kernels is None and policy is None:
-            return cls(model, policy=H2O.from_budget(USUAL_BUDGET if budget is None else budget))
-        return cls(model, policy=_spending(budget, policy, kernels), kernels=kernels)
+            return cls(model, policy=H2O.from_budget(USUAL_BUDGET if budget is None else budget), static=static)
+        return cls(model, policy=_spending(budget, policy, kernels), kernels=kernels, static=static)
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Called by the model's attention. Raises `LESSError` after a forward that ended between two layers."""
-        if getattr(self.layers[layer_idx], "leads", False):
+        layer = self.layers[layer_idx]
+        if isinstance(layer, LESSLayer) and layer.checks(key_states.shape[-2]):
             self._check_whole()
             self._check_positions(self.get_seq_length(layer_idx))
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
@@ -207,10 +225,11 @@ class LESSCache(Cache):
             )
 
     def _check_whole(self) -> None:
-        lengths = {layer.cumulative_length for layer in self.layers if isinstance(layer, LESSLayer)}
-        if len(lengths) > 1:
+        less_layers = [layer for layer in self.layers if isinstance(layer, LESSLayer)]
+        first, last = int(less_layers[0].cumulative_length), int(less_layers[-1].cumulative_length)
+        if first != last:
             raise LESSError(
-                f"The last forward was interrupted between two layers (tokens seen: {sorted(lengths)}). "
+                f"The last forward was interrupted between two layers (tokens seen: {first} and {last}). "
                 "Call cache.reset() and pass the whole conversation."
             )
 
@@ -248,7 +267,7 @@ class LESSCache(Cache):
         for index, layer in enumerate(self.layers):
             if not isinstance(layer, LESSLayer | DynamicSlidingWindowLayer):
                 raise LESSError(f"Layer {index}: a cache with {type(layer).__name__} cannot be saved.")
-            layers.append({"type": type(layer).__name__, "cumulative_length": layer.cumulative_length})
+            layers.append({"type": type(layer).__name__, "cumulative_length": int(layer.cumulative_length)})
             if layer.cumulative_length > 0:
                 kept = layer.tensors() if isinstance(layer, LESSLayer) else _own_tensors(layer)
                 tensors |= {f"layers.{index}.{name}": tensor for name, tensor in kept.items()}
@@ -263,7 +282,11 @@ class LESSCache(Cache):
 
     @classmethod
     def load(
-        cls, path: str | os.PathLike, model: PreTrainedModel | PreTrainedConfig, kernels: LESSKernels | None = None
+        cls,
+        path: str | os.PathLike,
+        model: PreTrainedModel | PreTrainedConfig,
+        kernels: LESSKernels | None = None,
+        static: bool = False,
     ) -> "LESSCache":
         """The cache that `save` wrote, on the model's device, with the policy that it had.
 
@@ -271,12 +294,13 @@ class LESSCache(Cache):
             path: The file.
             model: The same model, or its config, which cannot tell one set of weights from another.
             kernels: The same kernels; None if the cache had none.
+            static: Fixed shapes, as in `LESSCache`, whether the saved cache had them or not.
 
         Raises:
             LESSError: The cache was saved for another model or other kernels, or the file is damaged.
         """
         header, tensors = snapshot.read(Path(path))
-        cache = cls(model, policy=policy_from_dict(header["policy"]), kernels=kernels)
+        cache = cls(model, policy=policy_from_dict(header["policy"]), kernels=kernels, static=static)
         saved_for = header["model"]
         loaded = _describe(cache._config, None if isinstance(model, PreTrainedConfig) else model)
         if saved_for["fingerprint"] is None or loaded["fingerprint"] is None:
@@ -297,7 +321,7 @@ class LESSCache(Cache):
                     layer.set_tensors(kept)
                 else:
                     layer.keys, layer.values = kept["keys"], kept["values"]
-                layer.cumulative_length = saved["cumulative_length"]
+                layer.cumulative_length += saved["cumulative_length"]
         return cache
 
     def memory_footprint(self) -> MemoryFootprint:
@@ -305,16 +329,20 @@ class LESSCache(Cache):
         keys_values = low_rank_state = bookkeeping = full_cache = 0
         for layer in self.layers:
             keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
-            keys_values += _bytes(keys, values)
             if not isinstance(layer, LESSLayer):
+                keys_values += _bytes(keys, values)
                 full_cache += _bytes(keys, values)
                 continue
-            bookkeeping += _bytes(layer.positions, layer.scores, layer.seen, layer.counts, layer.settled)
+            for name, tensor in layer.held().items():
+                if name in ("keys", "values"):
+                    keys_values += tensor.nbytes
+                elif name in PER_ROW:
+                    bookkeeping += tensor.nbytes
+                else:
+                    low_rank_state += tensor.nbytes
             bookkeeping += layer.recorded_bytes
-            if layer.state is not None:
-                low_rank_state += _bytes(*vars(layer.state).values())
             if keys is not None and values is not None:
-                full_cache += _bytes(keys[:, :, :1], values[:, :, :1]) * layer.cumulative_length
+                full_cache += _bytes(keys[:, :, :1], values[:, :, :1]) * int(layer.cumulative_length)
         return MemoryFootprint(keys_values, low_rank_state, bookkeeping, full_cache)
 
 

@@ -19,6 +19,7 @@ from transformers.models.falcon import modeling_falcon
 _TAG = "_less_layer"
 _lock = threading.Lock()
 _installed = False
+_dispatching: dict[Callable, Callable] = {}
 
 
 def tag(key_states: torch.Tensor, layer: Any) -> torch.Tensor:
@@ -28,9 +29,10 @@ def tag(key_states: torch.Tensor, layer: Any) -> torch.Tensor:
     return view
 
 
-@functools.cache
 def dispatching(original: Callable) -> Callable:
-    """The attention function `original`, except for keys that a LESS layer has tagged."""
+    """The attention function `original`, except for keys that a LESS layer has tagged. One for each original."""
+    if original in _dispatching:  # a dict where torch.compile would warn of a functools.cache
+        return _dispatching[original]
 
     @functools.wraps(original)
     def attention(module, query, key, value, attention_mask=None, *args, **kwargs):
@@ -39,7 +41,7 @@ def dispatching(original: Callable) -> Callable:
             return original(module, query, key, value, attention_mask, *args, **kwargs)
         return layer.attend(original, module, query, key, value, attention_mask, *args, **kwargs)
 
-    return attention
+    return _dispatching.setdefault(original, attention)
 
 
 def reaches(config: PreTrainedConfig, model: PreTrainedModel | None) -> bool:

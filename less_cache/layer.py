@@ -67,7 +67,7 @@ class LESSLayer(CacheLayerMixin):
         self.counts: torch.Tensor | None = None  # [b, f] int64, the policy's token counts
         self.settled: torch.Tensor | None = None  # [b] bool, a token came alone: the prompt is over, counts stay
         self.state: Any = None  # a dataclass of tensors, whatever the kernels keep evicted tokens in
-        self.cumulative_length = 0
+        self.cumulative_length: Any = 0  # tokens seen, padding included
         self.is_initialized = False
         self._awaiting_attention = False
         self.record_past = False
@@ -103,7 +103,7 @@ class LESSLayer(CacheLayerMixin):
                 "after an interrupted forward, call cache.reset()."
             )
         self._check_new(key_states.shape[-2])
-        if self.cumulative_length == 0:
+        if self.keys is None:
             self.is_initialized = False  # a forward that failed does not bind the next one
         if self.is_initialized and key_states.shape[0] != self.seen.shape[0]:
             raise LESSError(
@@ -120,6 +120,10 @@ class LESSLayer(CacheLayerMixin):
         """The mask covers the new tokens alone, at their logical offset."""
         self._check_new(query_length)
         return query_length, self.cumulative_length
+
+    def checks(self, num_tokens: int) -> bool:
+        """Whether this layer checks that `num_tokens` new ones follow what was seen; all layers of a cache see the same."""
+        return self.leads
 
     def _check_new(self, num_tokens: int) -> None:
         if num_tokens == 0:
@@ -184,6 +188,10 @@ class LESSLayer(CacheLayerMixin):
             tensors |= vars(self.state)
         return {name: rows for name, rows in tensors.items() if rows is not None}
 
+    def held(self) -> dict[str, torch.Tensor]:
+        """All that takes memory, by the same names; what is recorded for `crop` apart."""
+        return self.tensors()
+
     def set_tensors(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Put back what `tensors` gave."""
         for name in PER_ROW:
@@ -238,7 +246,7 @@ class LESSLayer(CacheLayerMixin):
             query_states, key_states, value_states = (s[:, :, again:] for s in (query_states, key_states, value_states))
             kwargs["position_ids"], attention_mask, n = kwargs["position_ids"][:, again:], None, n - again
         real = self._real_tokens(attention_mask, n)
-        if self.leads and self.cumulative_length > 0:
+        if self.checks(n) and self.keys is not None:
             self._check_continuation(real, kwargs.get("position_ids"))
         scaling = query_states.shape[-1] ** -0.5 if scaling is None else scaling
         softcap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
@@ -359,16 +367,15 @@ class LESSLayer(CacheLayerMixin):
             self._virtual_tokens(call.query_states, call),
         )
         query_positions = self.seen.unsqueeze(-1)  # [b, 1]
-        self._settle(1 if real is None else real.sum(-1))
-        if real is None:
-            self.seen = self.seen + 1
-        else:  # padding leaves no trace
+        if real is not None:  # padding leaves no trace
             weights = weights * real[:, None, None, :, None]
             query_positions = query_positions.masked_fill(~real, -1)
             self.positions.scatter_(-1, slot, arrival.masked_fill(~real.unsqueeze(-1), -1))
-            self.seen = self.seen + real.squeeze(-1)
         if self.policy.observed(self._counts(), 1):
-            self.scores = self.policy.observe(self.scores, weights, query_positions)
+            self.scores.copy_(self.policy.observe(self.scores, weights, query_positions))
+        arrived = torch.ones_like(self.seen) if real is None else real.squeeze(-1).long()
+        self._settle(arrived)
+        self.seen += arrived
         self._evict()
         return output
 
@@ -517,9 +524,9 @@ class LESSLayer(CacheLayerMixin):
         self.keys, self.values = compact(keys, 0), compact(values, 0)
         self.positions, self.scores = compact(positions, -1), compact(scores, 0)
 
-    def _settle(self, arrived: torch.Tensor | int) -> None:
+    def _settle(self, arrived: torch.Tensor) -> None:
         """End the prompt of the rows that get one token alone, after their first block. `arrived`: `[b]`, real tokens."""
-        self.settled = self.settled | ((self.seen > 0) & (arrived == 1))
+        self.settled |= (self.seen > 0) & (arrived == 1)
 
     def _counts(self) -> torch.Tensor:
         """The policy's token counts in the form that its methods take, `[f, b, 1, 1]`."""

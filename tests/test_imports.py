@@ -37,6 +37,7 @@ CORE = [  # each imports only from those before it
     "call",
     "recording",
     "layer",
+    "static",
     "resolution",
     "snapshot",
     "cache",

@@ -23,6 +23,7 @@ PUBLIC = {
     "transformers.PreTrainedConfig",
     "transformers.PreTrainedModel",
     "transformers.PreTrainedTokenizerFast",
+    "transformers.StaticCache",
     "transformers.TextStreamer",
     "transformers.cache_utils.CacheLayerMixin",
     "transformers.cache_utils.DynamicLayer",
