@@ -95,7 +95,8 @@ def train(
     ],
     output: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the kernels. The same command line goes on there.")],
     policy: Annotated[
-        list[str] | None, typer.Option(metavar="NAME", help="Policy to train with; repeatable. Default: h2o.")
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Policy to train with; repeatable. Default: h2o twice and sink_recent."),
     ] = None,
     budget: Annotated[
         str, typer.Option(metavar="SHARE[-SHARE]", help="Tokens kept, as a share of the tokens seen, or a range of it.")

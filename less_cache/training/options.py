@@ -13,7 +13,7 @@ class TrainingOptions:
     """How to train.
 
     Args:
-        policies: Names in `POLICIES`; one is drawn for each prompt.
+        policies: Names in `POLICIES`; one is drawn for each prompt, and one named twice, twice as often.
         least_budget, most_budget: Tokens kept, as a fraction of the tokens seen; drawn log-uniformly for each prompt.
         prompts: Prompt lengths.
         prompts_per_sequence: How many of them are drawn for a sequence, which is as long as the longest needs.
@@ -28,16 +28,16 @@ class TrainingOptions:
         checkpoint_every: Steps between checkpoints of the second stage.
     """
 
-    policies: tuple[str, ...] = ("h2o",)
+    policies: tuple[str, ...] = ("h2o", "h2o", "sink_recent")
     least_budget: float = 0.02
     most_budget: float = 0.2
     prompts: tuple[int, ...] = (256, 512, 1024, 2048)
     prompts_per_sequence: int = 1
     decoded: int = 256
     sequences: int = 24
-    layerwise_steps: int = 200
-    joint_steps: int = 100
-    batch_size: int = 4
+    layerwise_steps: int = 0
+    joint_steps: int = 200
+    batch_size: int = 2
     layerwise_learning_rate: float = 2e-3
     joint_learning_rate: float = 4e-3
     memory: str = "soft_centroids"
