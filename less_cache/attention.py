@@ -5,6 +5,7 @@ Axes: `b` batch, `h` query heads, `g` KV heads, `s` = h / g query heads per KV h
 """
 
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 
 LOWEST = torch.finfo(torch.float32).min  # a log of 0 that softmax survives where a whole row has it
 
@@ -39,14 +40,12 @@ def sparse_softmax(logits: torch.Tensor, sinks: torch.Tensor | None = None) -> t
 
     `sinks`: `[h]`, `[b, h]` or None, learned logits without a value (gpt-oss) that share the denominator.
     """
-    largest = logits.amax(dim=-1, keepdim=True)
-    if sinks is not None:
-        sinks = sinks.float().view(-1, logits.shape[1], logits.shape[2], 1, 1)
-        largest = torch.maximum(largest, sinks)
+    if sinks is None:
+        return logits.softmax(dim=-1), logits.logsumexp(dim=-1, keepdim=True)
+    sinks = sinks.float().view(-1, logits.shape[1], logits.shape[2], 1, 1)
+    largest = torch.maximum(logits.amax(dim=-1, keepdim=True), sinks)
     weights = (logits - largest).exp()
-    mass = weights.sum(dim=-1, keepdim=True)
-    if sinks is not None:
-        mass = mass + (sinks - largest).exp()
+    mass = weights.sum(dim=-1, keepdim=True) + (sinks - largest).exp()
     # Divided rather than e^(l - log_sum): at large logits the rounding of log_sum would be in every weight.
     return weights / mass, largest + mass.log()
 
@@ -82,7 +81,7 @@ def add_virtual_tokens(
     `values`: `[b, g, r, d]`.
     """
     virtual_log_sum = logits.logsumexp(dim=-1, keepdim=True)
-    virtual_output = logits.softmax(dim=-1) @ values[:, :, None]
+    virtual_output = (logits.softmax(dim=-1).flatten(2, 3) @ values).unflatten(2, logits.shape[2:4])
     share = torch.sigmoid(virtual_log_sum - log_sum)
     return torch.lerp(sparse_output, virtual_output, share)
 
@@ -110,3 +109,15 @@ def less_attention(
     if virtual_tokens is not None:
         output = add_virtual_tokens(output, log_sum, *virtual_tokens)
     return output.flatten(1, 2).to(value_states.dtype), weights
+
+
+def kept_attention(
+    query_states: torch.Tensor, key_states: torch.Tensor, value_states: torch.Tensor, visible: torch.Tensor, scaling: float
+) -> torch.Tensor:
+    """`less_attention`'s output for one query, without virtual tokens, soft cap and sinks: torch's own, which keeps no weights.
+
+    `query_states`: `[b, h, 1, d]`; the others as in `less_attention`.
+    """
+    queries = group_heads(query_states, key_states.shape[1]).squeeze(3)  # [b, g, s, d]: a group sees the same columns
+    output = scaled_dot_product_attention(queries, key_states, value_states, attn_mask=visible, scale=scaling)
+    return output.flatten(1, 2).unsqueeze(2)

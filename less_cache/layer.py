@@ -13,7 +13,7 @@ import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from less_cache import hook
-from less_cache.attention import attention_logits, causal_weights, less_attention, sparse_softmax
+from less_cache.attention import attention_logits, causal_weights, kept_attention, less_attention, sparse_softmax
 from less_cache.call import AttentionCall
 from less_cache.errors import LESSError
 from less_cache.memory import LayerMemory
@@ -349,39 +349,38 @@ class LESSLayer(CacheLayerMixin):
         """One token: O(slots) work, in place. Returns `[b, h, 1, d]`."""
         key_states, value_states, real = call.key_states, call.value_states, call.real
         b, g, _, d = key_states.shape
-        slot = (self.positions < 0).int().argmax(dim=-1, keepdim=True)  # [b, g, 1], the first empty one
+        counts = self._counts()
+        slot = self.positions.argmin(dim=-1, keepdim=True)  # [b, g, 1], an empty one
         arrival = self.seen.int().view(b, 1, 1).expand(b, g, 1)
         self.positions.scatter_(-1, slot, arrival)
         self.scores.scatter_(-1, slot, self.policy.arrival(arrival))
         self.keys.scatter_(2, slot.unsqueeze(-1).expand(b, g, 1, d), key_states)
         self.values.scatter_(2, slot.unsqueeze(-1).expand(b, g, 1, value_states.shape[-1]), value_states)
 
-        output, weights = less_attention(
-            call.query_states,
-            self.keys,
-            self.values,
-            (self.positions >= 0).unsqueeze(2),
-            call.scaling,
-            call.softcap,
-            call.sinks,
-            self._virtual_tokens(call.query_states, call),
-        )
-        query_positions = self.seen.unsqueeze(-1)  # [b, 1]
+        observes = self.policy.observed(counts, 1) > 0
+        attended = call.query_states, self.keys, self.values, (self.positions >= 0).unsqueeze(2), call.scaling
+        if observes or any(each is not None for each in (self.state, call.softcap, call.sinks)):
+            virtual = self._virtual_tokens(call.query_states, call)
+            output, weights = less_attention(*attended, call.softcap, call.sinks, virtual)
+        else:  # nothing but the output is needed
+            output = kept_attention(*attended)
         if real is not None:  # padding leaves no trace
-            weights = weights * real[:, None, None, :, None]
-            query_positions = query_positions.masked_fill(~real, -1)
             self.positions.scatter_(-1, slot, arrival.masked_fill(~real.unsqueeze(-1), -1))
-        if self.policy.observed(self._counts(), 1):
+        if observes:
+            query_positions = self.seen.unsqueeze(-1)  # [b, 1]
+            if real is not None:
+                weights = weights * real[:, None, None, :, None]
+                query_positions = query_positions.masked_fill(~real, -1)
             self.scores.copy_(self.policy.observe(self.scores, weights, query_positions))
-        arrived = torch.ones_like(self.seen) if real is None else real.squeeze(-1).long()
+        arrived = True if real is None else real.squeeze(-1)
         self._settle(arrived)
         self.seen += arrived
-        self._evict()
+        self._evict(counts)
         return output
 
-    def _evict(self) -> None:
+    def _evict(self, counts: torch.Tensor) -> None:
         """Bring every head back to its capacity after a step, and fold in what leaves."""
-        counts, seen = self._counts(), self.seen.view(-1, 1, 1)
+        seen = self.seen.view(-1, 1, 1)
         capacity = self.policy.capacity(counts)
         if capacity is not None:  # at most one token a head is over
             victim = self.policy.victim(self.scores, self.positions, seen, counts)  # [b, g, 1]
@@ -426,7 +425,7 @@ class LESSLayer(CacheLayerMixin):
         tokens = torch.ones(b, n, dtype=torch.bool, device=key_states.device) if real is None else real
         # [b, n]: the new tokens count on from the row's last real one
         new_positions = (self.seen.unsqueeze(-1) + tokens.cumsum(-1) - 1).masked_fill(~tokens, -1).int()
-        self._settle(tokens.sum(-1))
+        self._settle(tokens.sum(-1) == 1)
         seen = self.seen + tokens.sum(-1)
         resolved = self.policy.resolve(seen)
         self.counts = resolved if is_first else torch.where(self.settled.unsqueeze(-1), self.counts, resolved)
@@ -524,9 +523,9 @@ class LESSLayer(CacheLayerMixin):
         self.keys, self.values = compact(keys, 0), compact(values, 0)
         self.positions, self.scores = compact(positions, -1), compact(scores, 0)
 
-    def _settle(self, arrived: torch.Tensor) -> None:
-        """End the prompt of the rows that get one token alone, after their first block. `arrived`: `[b]`, real tokens."""
-        self.settled |= (self.seen > 0) & (arrived == 1)
+    def _settle(self, alone: torch.Tensor | bool) -> None:
+        """End the prompt of the rows that get one token `alone`, bool `[b]` or for all, after their first block."""
+        self.settled |= (self.seen > 0) & alone
 
     def _counts(self) -> torch.Tensor:
         """The policy's token counts in the form that its methods take, `[f, b, 1, 1]`."""

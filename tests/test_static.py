@@ -219,6 +219,8 @@ def test_addresses_stay(policy, kernels):
     read(model, static, torch.randint(1, 97, (2, 13)))
     assert addresses(static) == before
     assert len(set(before)) == 2 * (len(static.layers[0].tensors()) + 1)
+    for tensor in static.layers[0].tensors().values():
+        assert tensor._dynamo_static_input_type == "unguarded"  # what torch.compile reads before it uses CUDA graphs
 
 
 class HostReads(TorchDispatchMode):

@@ -75,11 +75,10 @@ class EvictionPolicy(abc.ABC):
 
     def victim(self, scores: torch.Tensor, positions: torch.Tensor, seen: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
         """The column that `keep` drops first, `[b, g, 1]`, for a head that is one token over its capacity."""
-        candidate = (positions >= 0) & ~self.protected(positions, seen, counts)
-        candidate_scores = scores.masked_fill(~candidate, torch.inf)
-        lowest = candidate & (candidate_scores == candidate_scores.amin(dim=-1, keepdim=True))
-        never = torch.iinfo(positions.dtype).max
-        return positions.masked_fill(~lowest, never).argmin(dim=-1, keepdim=True)
+        stays = (positions < 0) | self.protected(positions, seen, counts)
+        scores = scores.masked_fill(stays, torch.inf)
+        above = scores > scores.amin(dim=-1, keepdim=True)
+        return positions.masked_fill(above, torch.iinfo(positions.dtype).max).argmin(dim=-1, keepdim=True)
 
     def resolve(self, prompt_length: torch.Tensor) -> torch.Tensor:
         """Token counts of each row, `[b, f]` int64, for prompts of `prompt_length` `[b]` real tokens."""
