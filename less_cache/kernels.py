@@ -21,7 +21,7 @@ from less_cache.config import LESSConfig
 from less_cache.errors import LESSError
 from less_cache.families import full_attention_layers, geometry
 from less_cache.hub import client, files, publish
-from less_cache.memory import TrainedMemory
+from less_cache.memory import TrainedMemory, by_head, by_row
 from less_cache.policies import H2O, USUAL_BUDGET
 from less_cache.soft_centroids import LayerSoftCentroids
 
@@ -73,14 +73,14 @@ class LayerKernels(TrainedMemory):
 
     def query_features(self, query_states: torch.Tensor) -> torch.Tensor:
         """φ(q): `[b, h, n, d]` to `[b, h, n, r]`, float32, not negative."""
-        features = gelu(torch.bmm(gelu(torch.bmm(_by_head(query_states), self.query_in)), self.query_out)).abs()
-        return _by_row(features, query_states)
+        features = gelu(torch.bmm(gelu(torch.bmm(by_head(query_states), self.query_in)), self.query_out)).abs()
+        return by_row(features, query_states)
 
     def key_features(self, key_states: torch.Tensor) -> torch.Tensor:
         """ψ(k): `[b, g, n, d]` to `[b, g, n, r]`, float32, not negative."""
-        u = gelu(torch.bmm(gelu(torch.bmm(_by_head(key_states), self.key_in)), self.key_out))
+        u = gelu(torch.bmm(gelu(torch.bmm(by_head(key_states), self.key_in)), self.key_out))
         u = self.key_scale.abs().unsqueeze(1) * u
-        return _by_row((u + self.mix_scale.unsqueeze(1) * torch.bmm(u, self.key_mix)).abs(), key_states)
+        return by_row((u + self.mix_scale.unsqueeze(1) * torch.bmm(u, self.key_mix)).abs(), key_states)
 
     def log_query_features(
         self, query_states: torch.Tensor, means: torch.Tensor, scaling: float, softcap: float | None = None
@@ -257,16 +257,6 @@ class LESSKernels(nn.Module):
             files.check_finite(f"official layer {index}", tensors)
             kernels.layers[str(index)].load_state_dict(tensors, assign=True)
         return kernels.requires_grad_(False)
-
-
-def _by_head(states: torch.Tensor) -> torch.Tensor:
-    """`[b, h, n, d]` to `[h, b·n, d]` float32: one product a head, without a copy of its weights for every row."""
-    return states.float().transpose(0, 1).flatten(1, 2)
-
-
-def _by_row(features: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
-    """`[h, b·n, r]` back to `[b, h, n, r]`, for `states` of `b` rows."""
-    return features.unflatten(1, (states.shape[0], -1)).transpose(0, 1).contiguous()
 
 
 OFFICIAL_NAMES = {

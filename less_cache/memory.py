@@ -127,3 +127,13 @@ class TrainedMemory(LayerMemory):
         heads = {name: tensor.chunk(parts)[index].clone() for name, tensor in self.state_dict().items()}
         memory.load_state_dict(heads, assign=True)
         return memory.requires_grad_(False)
+
+
+def by_head(states: torch.Tensor) -> torch.Tensor:
+    """`[b, h, n, d]` to `[h, b·n, d]` float32: one product a head, without a copy of its weights for every row."""
+    return states.float().transpose(0, 1).flatten(1, 2)
+
+
+def by_row(features: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+    """`[h, b·n, r]` back to `[b, h, n, r]`, for `states` of `b` rows."""
+    return features.unflatten(1, (states.shape[0], -1)).transpose(0, 1).contiguous()

@@ -5,10 +5,10 @@ Axes: `b` batch, `h` query heads, `g` KV heads, `s` = h / g, `n` tokens, `d` hea
 
 import torch
 from torch import nn
-from torch.nn.functional import gelu
+from torch.nn.functional import gelu, rms_norm
 
 from less_cache.attention import group_heads
-from less_cache.memory import TrainedMemory
+from less_cache.memory import TrainedMemory, by_head, by_row
 
 LIGHT = -3.0  # nats on a centroid's logit before training: at first the state hardly matters
 MOST_WEIGHT = 20.0  # |log ψ| at most
@@ -81,6 +81,6 @@ class LayerSoftCentroids(TrainedMemory):
     def _network(self, side: str, states: torch.Tensor) -> torch.Tensor:
         """a(k) or c(q): `[b, heads, n, d]` to `[b, heads, n, r]`."""
         w1, b1, w2, w3, b2 = (getattr(self, f"{side}_{part}") for part in ("in", "in_bias", "out", "skip", "bias"))
-        states = states.float()
-        states = states * (states.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
-        return gelu(states @ w1 + b1.unsqueeze(1)) @ w2 + states @ w3 + b2.unsqueeze(1)
+        x = rms_norm(by_head(states), states.shape[-1:], eps=1e-6)  # [heads, b·n, d]
+        hidden = gelu(torch.baddbmm(b1.unsqueeze(1), x, w1))
+        return by_row(torch.baddbmm(torch.baddbmm(b2.unsqueeze(1), x, w3), hidden, w2), states)
