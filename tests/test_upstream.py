@@ -15,6 +15,7 @@ from less_cache.layer import LESSLayer
 
 PUBLIC = {
     "transformers.AttentionInterface",
+    "transformers.AutoConfig",
     "transformers.AutoModelForCausalLM",
     "transformers.AutoTokenizer",
     "transformers.Cache",
@@ -23,6 +24,7 @@ PUBLIC = {
     "transformers.PreTrainedConfig",
     "transformers.PreTrainedModel",
     "transformers.PreTrainedTokenizerFast",
+    "transformers.StaticCache",
     "transformers.TextStreamer",
     "transformers.cache_utils.CacheLayerMixin",
     "transformers.cache_utils.DynamicLayer",

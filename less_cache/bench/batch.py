@@ -13,7 +13,6 @@ from less_cache.bench.machine import memory, synchronize
 from less_cache.bench.options import BenchOptions
 from less_cache.bench.peak import PeakMemory
 from less_cache.bench.timing import Spread, alternate
-from less_cache.errors import LESSError
 from less_cache.evaluation.perplexity import cache_bytes
 
 NOTE = (
@@ -66,9 +65,7 @@ def runs(options: BenchOptions) -> int | None:
 def measure(contest: Contest, advance: Callable[[], object]) -> list[BatchRow]:
     """Compute the largest batch of each cache, run it, and time the batches up to it."""
     options, rows = contest.options, []
-    weights = sum(parameter.nbytes for parameter in contest.model.parameters())
-    if options.memory <= weights:
-        raise LESSError(f"Expected --memory to be above the {weights:,} bytes of the weights, got {options.memory:,} bytes.")
+    weights = contest.weights
     for context in options.contexts:
         found = {}
         for contender in contest.contenders:
@@ -147,7 +144,7 @@ def table(rows: list[BatchRow], labels: dict[str, str]) -> Table:
     """One line a cache and context."""
     result = Table(box=box.SIMPLE_HEAD, caption=NOTE)
     result.add_column("context", justify="right")
-    result.add_column("cache")
+    result.add_column("cache", no_wrap=True)
     for name in ("MiB a sequence", "batch by bytes", "runs", "peak GiB", "tokens/s", "ratio"):
         result.add_column(name, justify="right")
     context = None

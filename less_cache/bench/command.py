@@ -24,8 +24,8 @@ def run(benchmark: str, options: BenchOptions, output: Path | None, picture: Pat
         task = progress.add_task(benchmark, total=module.runs(options))
         rows = module.measure(contest, lambda: progress.advance(task))
     labels = {
-        "dynamic": "full (DynamicCache)",
-        "static": "full (StaticCache)",
+        "dynamic": "DynamicCache",
+        "static": "StaticCache",
         "policy": f"{options.policy} alone",
         "less": f"LESS on {options.policy}",
     }

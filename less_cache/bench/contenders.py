@@ -37,7 +37,7 @@ class Contender:
 
 
 class Contest:
-    """A model, a policy and kernels, and the caches of `options.caches` on them."""
+    """A model, a policy and kernels, and the caches of `options.caches` on them. `weights`: bytes of the model."""
 
     def __init__(self, options: BenchOptions):
         if options.threads is not None:
@@ -45,6 +45,9 @@ class Contest:
         self.options = options
         self.device = torch.device(options.device)
         self.model = load(options)
+        self.weights = sum(parameter.nbytes for parameter in self.model.parameters())
+        if 0 < options.memory <= self.weights:
+            raise LESSError(f"Expected --memory to be above the {self.weights:,} bytes of the weights, got {options.memory:,}.")
         given = options.kernels
         kernels = random_kernels(self.model, options.seed) if given is None else LESSKernels.from_pretrained(given)
         self.kernels = kernels.to(self.device)

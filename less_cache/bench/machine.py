@@ -1,12 +1,12 @@
 """What a measurement ran on."""
 
+import importlib.metadata
 import os
 import platform
 import subprocess
 from pathlib import Path
 
 import torch
-import transformers
 
 from less_cache.version import __version__
 
@@ -26,7 +26,7 @@ def describe(device: torch.device) -> dict:
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
-            "transformers": transformers.__version__,
+            "transformers": importlib.metadata.version("transformers"),
             "less_cache": __version__,
         },
         "commit": _commit(),

@@ -77,7 +77,7 @@ def table(rows: list[MemoryRow], labels: dict[str, str]) -> Table:
     """One line a cache and context."""
     result = Table(box=box.SIMPLE_HEAD, caption=NOTE)
     result.add_column("context", justify="right")
-    result.add_column("cache")
+    result.add_column("cache", no_wrap=True)
     for name in ("bytes", "formula", "ratio"):
         result.add_column(name, justify="right")
     context = None

@@ -27,7 +27,7 @@ class BenchOptions:
         threads: Of the processor; None: torch's default.
         rounds: Measured runs of each cache, one cache after the other, after one that warms up.
         tokens: Tokens decoded in a run.
-        memory: Bytes that weights and caches may take together; for `batch`.
+        memory: Bytes that weights and caches may take together; for `batch`, 0 for the others.
         seed: Of random weights, keys, values and tokens.
     """
 

@@ -75,7 +75,7 @@ def table(rows: list[PrefillRow], labels: dict[str, str]) -> Table:
     """One line a cache and prompt."""
     result = Table(box=box.SIMPLE_HEAD, caption=NOTE)
     result.add_column("prompt", justify="right")
-    result.add_column("cache")
+    result.add_column("cache", no_wrap=True)
     for name in ("seconds", "quartiles", "ratio", "peak MiB"):
         result.add_column(name, justify="right")
     context = None

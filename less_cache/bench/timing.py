@@ -34,14 +34,18 @@ def alternate(
     """
     names = list(runs)
     results: dict[Name, list[float]] = {name: [] for name in names}
-    for index in range(rounds + 1):
-        first = index % len(names)
-        for name in names[first:] + names[:first]:
-            gc.collect()
-            result = runs[name]()
-            advance()
-            if index > 0:
-                results[name].append(result)
+    gc.collect()
+    gc.freeze()  # what was there before is not gone through again during a run
+    try:
+        for index in range(rounds + 1):
+            first = index % len(names)
+            for name in names[first:] + names[:first]:
+                result = runs[name]()
+                advance()
+                if index > 0:
+                    results[name].append(result)
+    finally:
+        gc.unfreeze()
     return results
 
 
