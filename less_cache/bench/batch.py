@@ -16,8 +16,8 @@ from less_cache.bench.timing import Spread, alternate
 from less_cache.evaluation.perplexity import cache_bytes
 
 NOTE = (
-    "By bytes: memory less weights, divided by the bytes of one sequence. Runs: the largest batch whose decoding was seen "
-    "to fit, working memory included; empty where this machine is too small. Ratio: of tokens a second to DynamicCache's."
+    "By bytes: memory less weights, divided by the bytes of one sequence. Runs: the largest batch that was seen to fit, "
+    "working memory included; empty where this machine is too small. Ratio: of tokens a second to DynamicCache's."
 )
 STEP = 4  # from one measured batch to the next
 USABLE = 0.9  # of the machine's memory
@@ -145,7 +145,7 @@ def table(rows: list[BatchRow], labels: dict[str, str]) -> Table:
     result = Table(box=box.SIMPLE_HEAD, caption=NOTE)
     result.add_column("context", justify="right")
     result.add_column("cache", no_wrap=True)
-    for name in ("MiB a sequence", "batch by bytes", "runs", "peak GiB", "tokens/s", "ratio"):
+    for name in ("MiB each", "by bytes", "runs", "peak GiB", "tokens/s", "ratio"):
         result.add_column(name, justify="right")
     context = None
     for row in rows:

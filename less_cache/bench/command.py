@@ -34,6 +34,7 @@ def run(benchmark: str, options: BenchOptions, output: Path | None, picture: Pat
     report = {
         "benchmark": benchmark,
         **dataclasses.asdict(options),
+        "model": Path(options.model).name if Path(options.model).exists() else options.model,
         "kernels_sha256": contest.kernels.config.sha256,
         "parameters": sum(parameter.numel() for parameter in contest.model.parameters()),
         **machine.describe(contest.device),

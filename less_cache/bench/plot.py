@@ -48,7 +48,11 @@ def _against_context(axes: Axes, report: dict[str, Any], field: str, label: str,
             axes.plot(contexts, [row[field] / unit for row in rows], marker="o", markersize=4, label=text, color=COLORS[name])
         if formula := [(row["context"], row["formula"] / unit) for row in rows if row.get("formula")]:
             axes.plot(*zip(*formula, strict=True), linestyle="none", marker="x", markersize=9, color=COLORS[name])
-    axes.set(xlabel="tokens", ylabel=label, xscale="log", yscale="log")
+    axes.set(xlabel="tokens", ylabel=label, xscale="log")
+    if unit == 1:
+        axes.set_ylim(bottom=0)
+    else:
+        axes.set_yscale("log")
     contexts = sorted({row["context"] for row in report["results"]})
     axes.set_xticks(contexts, [f"{context:,}" for context in contexts])
     axes.minorticks_off()
