@@ -4,6 +4,8 @@ Axes: `b` batch, `h` query heads, `g` KV heads, `s` = h / g query heads per KV h
 `d` head dim, `r` rank. Query heads g·s … g·s + s − 1 share KV head g.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -66,6 +68,55 @@ def causal_weights(
     later = torch.ones(n, n, dtype=torch.bool, device=logits.device).triu(1)
     logits[..., first:].masked_fill_(later, -torch.inf)  # only the last n columns hold keys of the future
     return logits.softmax(dim=-1) if sinks is None else sparse_softmax(logits, sinks)[0]
+
+
+def causal_blocks(
+    query_states: torch.Tensor,
+    key_states: torch.Tensor,
+    value_states: torch.Tensor | None,
+    scaling: float,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    start: int = 0,
+    heads_at_once: int = 1,
+    queries_at_once: int = 32,
+) -> Iterator[tuple[slice, slice, torch.Tensor, torch.Tensor | None]]:
+    """Attention of a text without padding, from query `start` on, in blocks: weights and output of a few queries of a few
+    KV heads at a time, so that memory is O(block · n). One head and few queries stay in a processor's cache.
+
+    Shapes as in `less_attention`; without `value_states` there is no output. Heads are numbered through the batch, `a` of
+    them at once.
+
+    Yields:
+        The heads out of b·g; the queries; their weights over the keys up to the last query's own, `[a, s, m, c]` float32,
+        which the next block overwrites; their output, `[a, s, m, d]` float32.
+    """
+    b, g, n, _ = key_states.shape
+    queries = group_heads(query_states.float() * scaling, g).flatten(0, 1)  # [b·g, s, n, d]
+    keys = key_states.float().flatten(0, 1).transpose(-1, -2).contiguous()  # [b·g, d, n], which multiplies faster
+    values = None if value_states is None else value_states.float().flatten(0, 1)  # [b·g, n, d]
+    s, queries_at_once = queries.shape[1], min(queries_at_once, n - start)
+    if sinks is not None:
+        sinks = sinks.float().view(-1, g, s).expand(b, g, s).flatten(0, 1)  # [b·g, s]
+    later = torch.ones(queries_at_once, queries_at_once, dtype=torch.bool, device=queries.device).triu(1)
+    buffer = queries.new_empty(heads_at_once, s * queries_at_once, n)
+    for head in range(0, b * g, heads_at_once):
+        heads = slice(head, min(head + heads_at_once, b * g))
+        for first in range(start, n, queries_at_once):
+            rows = slice(first, min(first + queries_at_once, n))
+            block = queries[heads, :, rows]  # [a, s, m, d]
+            a, _, m, _ = block.shape
+            weights = buffer.as_strided((a, s * m, rows.stop), (s * m * rows.stop, rows.stop, 1))  # the start of it, dense
+            torch.bmm(block.flatten(1, 2), keys[heads, :, : rows.stop], out=weights)
+            if softcap is not None:
+                weights.div_(softcap).tanh_().mul_(softcap)
+            weights.view(a, s, m, -1)[..., first:].masked_fill_(later[:m, :m], -torch.inf)
+            if sinks is None:
+                torch.softmax(weights, dim=-1, out=weights)
+            else:
+                weights.copy_(sparse_softmax(weights.view(1, a, s, m, -1), sinks[heads].flatten())[0].view_as(weights))
+            output = None if values is None else (weights @ values[heads, : rows.stop]).view(a, s, m, -1)
+            yield heads, rows, weights.view(a, s, m, -1), output
 
 
 def add_virtual_tokens(

@@ -13,7 +13,7 @@ import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from less_cache import hook
-from less_cache.attention import attention_logits, causal_weights, kept_attention, less_attention, sparse_softmax
+from less_cache.attention import attention_logits, causal_blocks, kept_attention, less_attention, sparse_softmax
 from less_cache.call import AttentionCall
 from less_cache.errors import LESSError
 from less_cache.memory import LayerMemory
@@ -21,7 +21,8 @@ from less_cache.policies import EvictionPolicy
 from less_cache.recording import Recording
 
 QUERY_BLOCK = 256  # queries attended at once in a block: memory is O(QUERY_BLOCK · columns)
-SCORE_BLOCK = 32  # queries scored at once: their weights over a long prompt stay in the processor's cache
+SCORE_BLOCK = 32  # queries of a KV head weighed at once: their weights over a long prompt stay in the processor's cache
+SCORE_NUMBERS = 2**26  # attention weights held at once on other devices
 SPARE_SLOTS = 64  # a policy without a budget gets this many free slots at a time
 REACH = 1024  # tokens after which a recording that nobody crops ends
 PER_ROW = ("keys", "values", "positions", "scores", "seen", "counts", "settled")
@@ -228,7 +229,8 @@ class LESSLayer(CacheLayerMixin):
         """Attention output of the new tokens, `[b, n, h, d]`, and None for the weights; takes the tokens in.
 
         Args:
-            original: The model's own attention function; the first block, which nothing precedes, goes through it.
+            original: The model's own attention function; the first block, which nothing precedes, goes through it, unless
+                its weights are needed anyway and computing them again would cost more.
             query_states: `[b, h, n, d]`.
             key_states: What `update` returned, `[b, g, n, d]`.
             value_states: What `update` returned, `[b, g, n, d]`.
@@ -251,7 +253,7 @@ class LESSLayer(CacheLayerMixin):
         scaling = query_states.shape[-1] ** -0.5 if scaling is None else scaling
         softcap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
         output = None
-        if self.keys is None:
+        if self.keys is None and not self._attends_prompt(query_states, attention_mask):
             output, _ = original(
                 module, query_states, key_states, value_states, attention_mask, dropout=dropout, scaling=scaling, **kwargs
             )
@@ -270,7 +272,7 @@ class LESSLayer(CacheLayerMixin):
         return torch.nn.functional.pad(output, (0, 0, 0, 0, again, 0)) if again else output, None
 
     def take_in(self, call: AttentionCall) -> torch.Tensor | None:
-        """Read the new tokens and take them in: attention output `[b, h, n, d]`, or None for the first block."""
+        """Read the new tokens and take them in: attention output `[b, h, n, d]`, or None where the model's own gives it."""
         n = call.num_tokens
         if self.keys is None or (n > 1 and not self.record_past):
             output = self._block(call)
@@ -280,6 +282,16 @@ class LESSLayer(CacheLayerMixin):
             output = torch.cat([self._step(call.part(token, token + 1)) for token in range(n)], dim=2)
         self.cumulative_length += n
         return output
+
+    def _attends_prompt(self, query_states: torch.Tensor, attention_mask: torch.Tensor | None) -> bool:
+        """Whether the first block's output comes with the weights that the policy asks for. Elsewhere than in float32 on a
+        processor, the model's own attention is so much faster that it is called as well.
+        """
+        n = query_states.shape[2]
+        if attention_mask is not None or query_states.device.type != "cpu" or query_states.dtype != torch.float32:
+            return False
+        counts = self.policy.resolve(torch.tensor([n]))  # [1, f]
+        return self.policy.observed(counts.T[:, :, None, None], n) == n
 
     def _record(self, call: AttentionCall) -> None:
         """Record a call; where nobody crops, recording ends, so that memory stays constant."""
@@ -416,7 +428,7 @@ class LESSLayer(CacheLayerMixin):
     def _block(self, call: AttentionCall) -> torch.Tensor | None:
         """Several tokens: causal attention to the kept, the state and themselves, then one selection.
 
-        Returns `[b, h, n, d]`, or None for the first block, whose output the model's own attention gives.
+        Returns `[b, h, n, d]`, or None for a first block whose output the model's own attention gives.
         """
         query_states, key_states, value_states, real = call.query_states, call.key_states, call.value_states, call.real
         scaling, softcap, sinks = call.scaling, call.softcap, call.sinks
@@ -442,10 +454,10 @@ class LESSLayer(CacheLayerMixin):
         observed = self.policy.observed(counts, n)
         if real is not None and not bool(real[:, n - observed :].all()):
             observed = n  # the last real queries of a row may come before padding
-        outputs = []
+        outputs: list[torch.Tensor] = []
         first = n - observed if is_first else 0  # of the queries to go through
-        if is_first and call.attention_mask is None:
-            self._score_prompt(call, scores, new_positions, first)
+        if first < n and is_first and call.attention_mask is None:
+            scores, outputs = self._read_prompt(call, scores, new_positions, first)
             first = n
         for start in range(first, n, QUERY_BLOCK):
             rows = slice(start, min(start + QUERY_BLOCK, n))
@@ -476,16 +488,39 @@ class LESSLayer(CacheLayerMixin):
         held = int(keep.sum(dim=-1).max())
         slots = held + SPARE_SLOTS if capacity is None else int(capacity.max()) + 1
         self._store(keys, values, positions.masked_fill(~keep, -1), scores, slots)
-        return None if is_first else torch.cat(outputs, dim=2)
+        return torch.cat(outputs, dim=2) if outputs else None
 
-    def _score_prompt(self, call: AttentionCall, scores: torch.Tensor, positions: torch.Tensor, start: int) -> None:
-        """Let the policy observe, in place, the queries from `start` on of a prompt without padding, causally attended."""
-        keys = call.key_states.float()
-        for first in range(start, call.num_tokens, SCORE_BLOCK):
-            rows = slice(first, min(first + SCORE_BLOCK, call.num_tokens))
-            weights = causal_weights(call.query_states[:, :, rows], keys, first, call.scaling, call.softcap, call.sinks)
-            columns = scores[..., : rows.stop]
-            columns.copy_(self.policy.observe(columns, weights, positions[:, rows]))
+    def _read_prompt(
+        self, call: AttentionCall, scores: torch.Tensor, positions: torch.Tensor, start: int
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Scores `[b, g, n]` after the queries from `start` on of a prompt without padding, and its output `[b, h, n, d]`,
+        unless the model's own attention gives that.
+        """
+        b, g, n, _ = call.key_states.shape
+        attends = self._attends_prompt(call.query_states, call.attention_mask)
+        output = call.query_states.new_empty(b, call.query_states.shape[1], n, call.value_states.shape[-1])
+        outputs, scores = output.view(b * g, -1, *output.shape[2:]), scores.flatten(0, 1)  # [b·g, s, n, d], [b·g, n]
+        positions = positions.repeat_interleave(g, dim=0)  # [b·g, n]
+        heads_at_once, queries_at_once = 1, SCORE_BLOCK
+        if output.device.type != "cpu":
+            heads_at_once, queries_at_once = b * g, max(1, SCORE_NUMBERS // (b * output.shape[1] * n))
+        blocks = causal_blocks(
+            call.query_states,
+            call.key_states,
+            call.value_states if attends else None,
+            call.scaling,
+            call.softcap,
+            call.sinks,
+            start,
+            heads_at_once,
+            queries_at_once,
+        )
+        for heads, rows, weights, attended in blocks:
+            columns = scores[heads, None, : rows.stop]
+            columns.copy_(self.policy.observe(columns, weights[:, None], positions[heads, rows]))
+            if attended is not None:
+                outputs[heads, :, rows] = attended
+        return scores.view(b, g, n), [output] if attends else []
 
     def _visible(self, attention_mask: torch.Tensor | None, real: torch.Tensor, rows: slice, g: int) -> torch.Tensor:
         """Which columns the queries `rows` see, `[b, g, rows, c]`; each sees itself.

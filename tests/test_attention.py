@@ -7,7 +7,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import SEEDS
 
-from less_cache.attention import attention_logits, causal_weights, group_heads, less_attention, sparse_softmax
+from less_cache.attention import (
+    attention_logits,
+    causal_blocks,
+    causal_weights,
+    group_heads,
+    less_attention,
+    sparse_softmax,
+)
 from less_cache.state import LowRankState
 
 many_examples = settings(max_examples=5 * settings.default.max_examples)  # one call each, and many kinds of input
@@ -146,3 +153,30 @@ def test_causal_weights_are_the_masked_softmax(softcap, with_sinks, first):
     visible = (column <= column[first:, None]).expand(1, g, n, first + n)
     expected, _ = sparse_softmax(attention_logits(queries, keys[:, :, : first + n], visible, 0.3, softcap), sinks)
     torch.testing.assert_close(causal_weights(queries, keys, first, 0.3, softcap, sinks), expected)
+
+
+@pytest.mark.parametrize("softcap", [None, 1.0])
+@pytest.mark.parametrize("with_sinks", [False, True])
+@pytest.mark.parametrize("tile", [(1, 4), (2, 5), (4, 50)], ids=str)
+@pytest.mark.parametrize("start", [0, 3])
+def test_causal_blocks_are_masked_attention(softcap, with_sinks, tile, start):
+    b, g, s, n, d = 2, 2, 2, 13, 8
+    queries, keys, values = tiny.random_states(b, g * s, g, n, d)
+    sinks = torch.linspace(-1, 1, g * s) if with_sinks else None
+    visible = torch.ones(n, n, dtype=torch.bool).tril().expand(b, g, n, n)
+    expected, expected_weights = less_attention(queries, keys, values, visible, 0.3, softcap, sinks)
+    output, weights = torch.full((b * g, s, n, d), torch.nan), torch.zeros(b * g, s, n, n)
+    blocks = causal_blocks(queries, keys, values, 0.3, softcap, sinks, start, *tile)
+    for heads, rows, block_weights, block_output in blocks:
+        weights[heads, :, rows, : rows.stop] = block_weights
+        output[heads, :, rows] = block_output
+    torch.testing.assert_close(output.view(b, g * s, n, d)[:, :, start:], expected[:, :, start:], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(weights.view(b, g, s, n, n)[:, :, :, start:], expected_weights[:, :, :, start:])
+
+
+def test_causal_blocks_at_large_logits():
+    queries, keys, values = (40 * states for states in tiny.random_states(1, 2, 1, 20, 8))
+    visible = torch.ones(1, 1, 20, 20, dtype=torch.bool).tril()
+    expected, _ = less_attention(queries, keys, values, visible, 0.5)
+    outputs = [output for _, _, _, output in causal_blocks(queries, keys, values, 0.5, queries_at_once=8)]
+    torch.testing.assert_close(torch.cat(outputs, dim=2), expected)

@@ -1,11 +1,14 @@
 """`model.generate(past_key_values=LESSCache(...))` is unmodified generate."""
 
+import collections
 import copy
+import weakref
 
 import pytest
 import torch
 import zoo
 from tiny import tiny_kernels, tiny_llama
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
@@ -238,6 +241,43 @@ def test_prefill_chunks_bound_the_prompts_cache(monkeypatch):
     monkeypatch.setattr(LESSLayer, "_store", recording)
     generate(model, caches(model)(), prompt, prefill_chunk_size=16)
     assert max(held) == 16 + POLICIES[0].heavy + POLICIES[0].recent + 1  # one slot is free
+
+
+class LivingBytes(TorchDispatchMode):
+    """The most bytes of tensors that were alive at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.tensors, self.now, self.most = collections.Counter(), 0, 0  # tensors that share a storage, by its address
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for each in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(each, torch.Tensor):
+                storage = each.untyped_storage()
+                self.now += 0 if self.tensors[storage.data_ptr()] else storage.nbytes()
+                self.tensors[storage.data_ptr()] += 1
+                weakref.finalize(each, self.gone, storage.data_ptr(), storage.nbytes())
+        self.most = max(self.most, self.now)
+        return result
+
+    def gone(self, address: int, nbytes: int) -> None:
+        self.tensors[address] -= 1
+        self.now -= 0 if self.tensors[address] else nbytes
+
+
+@pytest.mark.parametrize("policy", [H2O(4, 5), SinkRecent(4, 5)], ids=repr)
+def test_the_peak_of_a_prompt_in_chunks_does_not_depend_on_its_length(policy):
+    model = tiny_llama()
+    most = []
+    for chunks in (10, 40):
+        cache = caches(model, policy)()
+        with LivingBytes() as living, torch.no_grad():
+            for _ in range(chunks):
+                model.base_model(torch.randint(1, 97, (1, 16)), past_key_values=cache)
+        most.append(living.most)
+    assert most[0] == most[1]
+    assert living.now == cache.memory_footprint().total, "what stays is the cache, to the byte"
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 16])

@@ -116,6 +116,34 @@ def test_a_dry_run_says_what_it_takes_and_writes_nothing(model, text, tmp_path):
     assert not (tmp_path / "kernels").exists()
 
 
+@pytest.mark.parametrize("benchmark", ["decode", "prefill", "memory", "batch"])
+def test_bench_ends_in_a_report_and_a_picture(benchmark, model, tmp_path):
+    options = {
+        "decode": ("--rounds", 1, "--tokens", 2, "--batch", 2),
+        "prefill": ("--rounds", 2, "--chunk", 16),
+        "memory": ("--batch", 2),
+        "batch": ("--rounds", 1, "--tokens", 1, "--memory", "1MiB", "--cache", "dynamic", "--cache", "less"),
+    }[benchmark]
+    report_file, picture = tmp_path / "report.json", tmp_path / "picture.png"
+    files = ("--output", report_file, "--plot", picture)
+    contexts = (24,) if benchmark == "batch" else (24, 48)
+    lengths = [option for context in contexts for option in ("--context", context)]
+    result = run("bench", benchmark, model, "--random", *lengths, "--budget", 0.25, *options, *files)
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout.splitlines()[-1])
+    assert json.loads(report_file.read_text()) == report
+    assert report["benchmark"] == benchmark and report["machine"]["cpu"] and report["versions"]["torch"]
+    caches = {
+        "decode": ["dynamic", "static", "policy", "less"],
+        "prefill": ["dynamic", "policy", "less"],
+        "memory": ["dynamic", "static", "policy", "less"],
+        "batch": ["dynamic", "less"],
+    }[benchmark]
+    assert [(row["context"], row["cache"]) for row in report["results"]] == [(c, name) for c in contexts for name in caches]
+    assert "DynamicCache" in result.stderr and "LESS on h2o" in result.stderr
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
 BAD = {
     "policy": (("demo", "--policy", "h3o"), "h3o"),
     "budget": (("demo", "--budget", "0"), "got 0"),
@@ -128,6 +156,11 @@ BAD = {
     "evaluated policy": (("eval", "perplexity", "MODEL", "--data", "TEXT", "--budget", "8", "--policy", "h3o"), "h3o"),
     "evaluated budget": (("eval", "perplexity", "MODEL", "--data", "TEXT", "--budget", "1.5"), "got 1.5"),
     "evaluated text": (("eval", "perplexity", "MODEL", "--data", "absent.txt", "--budget", "8"), "absent.txt"),
+    "benched cache": (("bench", "decode", "MODEL", "--cache", "paged"), "paged"),
+    "benched dtype": (("bench", "memory", "MODEL", "--dtype", "int8"), "int8"),
+    "benched policy": (("bench", "prefill", "MODEL", "--policy", "h3o"), "h3o"),
+    "benched memory": (("bench", "batch", "MODEL", "--memory", "0.01MiB"), "the weights"),
+    "benched model": (("bench", "memory", "./absent", "--random"), "absent"),
     "too much text": (("eval", "perplexity", "MODEL", "--data", "TEXT", "--budget", "8"), "got 680 tokens"),
 }
 

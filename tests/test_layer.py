@@ -360,6 +360,38 @@ def attend(layer: LESSLayer, query: torch.Tensor, key: torch.Tensor, value: torc
     return layer.attend(tiny.plain_attention, MODULE, query, key, value, None, scaling=0.5)[0]
 
 
+@pytest.mark.parametrize(
+    ("policy", "dtype", "masked", "called"),
+    [
+        (H2O(4, 5), torch.float32, False, False),
+        (H2O(4, 5), torch.bfloat16, False, True),  # the model's own attention is faster
+        (H2O(4, 5), torch.float32, True, True),
+        (CORM(4, 5), torch.float32, False, True),  # looks at the last queries alone
+        (SinkRecent(4, 5), torch.float32, False, True),
+    ],
+)
+def test_a_prompt_goes_through_the_models_attention_unless_all_of_its_weights_are_needed(policy, dtype, masked, called):
+    layer = LESSLayer(policy, None, layer_idx=0)
+    query, key, value = (states.to(dtype) for states in tiny.random_states(2, 4, 2, 20, 4))
+    mask = torch.ones(20, 20, dtype=torch.bool).tril().expand(2, 1, 20, 20) if masked else None
+    original = mock.Mock(side_effect=tiny.plain_attention)
+    output, _ = layer.attend(original, MODULE, query, *layer.update(key, value), mask, scaling=0.5)
+    assert original.called == called
+    expected, _ = tiny.plain_attention(MODULE, query, key, value, mask, scaling=0.5)
+    torch.testing.assert_close(output, expected)
+
+
+@pytest.mark.parametrize("policy", [H2O(4, 5), CORM(4, 5)])
+def test_a_prompt_is_scored_the_same_in_blocks_of_any_size(policy):
+    states = tiny.random_states(2, 4, 2, 20, 4)
+    layers = [LESSLayer(policy, None, layer_idx=0) for _ in range(2)]
+    tiny.feed(layers[0], *states, [20])
+    with mock.patch.multiple("less_cache.layer", SCORE_BLOCK=7):
+        tiny.feed(layers[1], *states, [20])
+    torch.testing.assert_close(layers[0].scores, layers[1].scores, rtol=1e-5, atol=0)
+    assert_same_state(*layers)
+
+
 class ShapeLimit(TorchDispatchMode):
     """Fails where an operation gives a tensor with a dimension above `most`, or concatenates though it must not."""
 

@@ -15,6 +15,7 @@ from less_cache.layer import LESSLayer
 
 PUBLIC = {
     "transformers.AttentionInterface",
+    "transformers.AutoConfig",
     "transformers.AutoModelForCausalLM",
     "transformers.AutoTokenizer",
     "transformers.Cache",

@@ -122,7 +122,7 @@ def perplexity(
             cache = make()
             for logits, target in zip(_steps(model, batch, cache, prompt_length), batch[:, prompt_length:].T, strict=True):
                 loss += cross_entropy(logits.float(), target, reduction="sum").item()
-            held += _bytes(cache)
+            held += cache_bytes(cache)
             advance()
     count = tokens.shape[0] * (tokens.shape[1] - prompt_length)
     return math.exp(loss / count), held / tokens.shape[0]
@@ -135,7 +135,8 @@ def _steps(model: PreTrainedModel, batch: torch.Tensor, cache: Cache, prompt_len
         yield model(batch[:, position : position + 1], past_key_values=cache).logits[:, -1]
 
 
-def _bytes(cache: Cache) -> int:
+def cache_bytes(cache: Cache) -> int:
+    """Bytes of a cache's tensors."""
     if isinstance(cache, LESSCache):
         return cache.memory_footprint().total
     held = (getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values"))

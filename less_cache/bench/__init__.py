@@ -1,0 +1,1 @@
+"""Speed and memory of caches on a model, measured."""

@@ -1,0 +1,51 @@
+"""What `less-cache bench` does: one table and one line of JSON."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress
+
+from less_cache.bench import batch, decode, machine, memory, prefill
+from less_cache.bench.contenders import Contest
+from less_cache.bench.options import BenchOptions
+
+BENCHMARKS: dict[str, Any] = {"decode": decode, "prefill": prefill, "memory": memory, "batch": batch}
+
+
+def run(benchmark: str, options: BenchOptions, output: Path | None, picture: Path | None) -> None:
+    """Measure, then print the table, and all of it as one JSON line; draw `picture` from that."""
+    console = Console(highlight=False, stderr=True)
+    module = BENCHMARKS[benchmark]
+    contest = Contest(options)
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task(benchmark, total=module.runs(options))
+        rows = module.measure(contest, lambda: progress.advance(task))
+    labels = {
+        "dynamic": "DynamicCache",
+        "static": "StaticCache",
+        "policy": f"{options.policy} alone",
+        "less": f"LESS on {options.policy}",
+    }
+    labels = {name: label for name, label in labels.items() if name in options.caches}
+    console.print(module.table(rows, labels))
+    report = {
+        "benchmark": benchmark,
+        **dataclasses.asdict(options),
+        "model": Path(options.model).name if Path(options.model).exists() else options.model,
+        "kernels_sha256": contest.kernels.config.sha256,
+        "parameters": sum(parameter.numel() for parameter in contest.model.parameters()),
+        **machine.describe(contest.device),
+        "labels": labels,
+        "results": [dataclasses.asdict(row) for row in rows],
+    }
+    line = json.dumps(report)
+    if output is not None:
+        output.write_text(line + "\n")
+    if picture is not None:
+        from less_cache.bench import plot
+
+        plot.draw(json.loads(line), picture)
+    print(line)
