@@ -375,7 +375,7 @@ def test_budget_above_length_is_a_full_cache(family, attn_implementation):
 def test_budget_above_length_is_a_full_cache_with_kernels(policy, attn_implementation):
     model, prompt = tiny_llama(attn_implementation), tokens(batch=2)
     full, ours = DynamicCache(config=model.config), caches(model, policy)()
-    assert_same(generate(model, full, prompt), generate(model, ours, prompt))
+    assert_same(generate(model, full, prompt), generate(model, ours, prompt), atol=1e-4)
     block = tokens(batch=2, length=5)
     torch.testing.assert_close(feed(model, full, block), feed(model, ours, block), atol=1e-5, rtol=0)
 
