@@ -96,10 +96,12 @@ class TrainedMemory(LayerMemory):
         """What the state keeps weighted means of, `[b, g, m, *]`: the values, then whatever else φ reads."""
         return value_states
 
+    def width(self, head_dim: int) -> int:
+        """Dimensions of what is remembered of a pair; `head_dim`: of the values."""
+        return head_dim
+
     def empty_state(self, batch: int, num_key_value_heads: int, head_dim: int, device: torch.device) -> LowRankState:
-        key_states = torch.empty(0, self.sizes[2], device="meta")
-        width = self.remembered(key_states, torch.empty(0, head_dim, device="meta")).shape[-1]
-        return LowRankState.empty(batch, num_key_value_heads, self.num_virtual_tokens, width, device)
+        return LowRankState.empty(batch, num_key_value_heads, self.num_virtual_tokens, self.width(head_dim), device)
 
     def fold_in(self, state: LowRankState, key_states: torch.Tensor, value_states: torch.Tensor, leaves: torch.Tensor) -> None:
         state.fold_in(self.key_features(key_states) * leaves.unsqueeze(-1), self.remembered(key_states, value_states))

@@ -71,6 +71,9 @@ class LayerSoftCentroids(TrainedMemory):
     def remembered(self, key_states: torch.Tensor, value_states: torch.Tensor) -> torch.Tensor:
         return torch.cat([value_states, key_states], dim=-1)
 
+    def width(self, head_dim: int) -> int:
+        return head_dim + self.sizes[2]
+
     def values_dim(self, width: int) -> int:
         return width - self.sizes[2]
 

@@ -7,6 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from less_cache import H2O, SinkRecent
 from less_cache.centroids import LayerCentroids
+from less_cache.kernels import MEMORIES
 from less_cache.layer import LESSLayer
 from less_cache.static import StaticLESSLayer
 
@@ -14,10 +15,12 @@ BUDGET, DIM = 64, 16
 POLICIES = {"h2o": H2O(BUDGET // 2, BUDGET // 2), "sink_recent": SinkRecent(4, BUDGET - 4)}
 MOST = {  # operations of a step; lower a number when it has become lower
     ("h2o", "sparse"): 75,
-    ("h2o", "trained"): 140,
+    ("h2o", "low_rank"): 143,
+    ("h2o", "soft_centroids"): 162,
     ("h2o", "untrained"): 210,
     ("sink_recent", "sparse"): 56,
-    ("sink_recent", "trained"): 138,
+    ("sink_recent", "low_rank"): 141,
+    ("sink_recent", "soft_centroids"): 160,
     ("sink_recent", "untrained"): 208,
 }
 MODULE = torch.nn.Identity().eval()
@@ -45,8 +48,9 @@ class Operations(TorchDispatchMode):
 
 def full_layer(policy: str, kernels: str, b: int = 1, g: int = 2, layer_class=LESSLayer, dtype=torch.float32) -> LESSLayer:
     """A layer behind a first one, that evicts with every token; two query heads a KV head."""
-    memory = {"sparse": None, "trained": tiny.layer_kernels(2 * g, g, DIM), "untrained": LayerCentroids(4)}[kernels]
-    layer = layer_class(POLICIES[policy], memory, layer_idx=1, leads=False)
+    memory = {"sparse": None, "untrained": LayerCentroids(4)}
+    memory |= {name: tiny.layer_kernels(2 * g, g, DIM, memory=name) for name in MEMORIES}
+    layer = layer_class(POLICIES[policy], memory[kernels], layer_idx=1, leads=False)
     step(layer, b, g, BUDGET + 9, dtype)
     step(layer, b, g, 1, dtype)
     return layer
@@ -88,19 +92,22 @@ def test_without_weights_half_precision_is_not_copied():
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_features_are_those_of_one_token(policy, monkeypatch):
+@pytest.mark.parametrize("memory", MEMORIES)
+def test_features_are_those_of_one_token(policy, memory, monkeypatch):
     """φ of the new token for every query head, ψ of the victim for every KV head, and no more."""
-    layer, shapes = full_layer(policy, "trained", b=3), []
-    for name in ("query_features", "key_features"):
+    layer, shapes = full_layer(policy, memory, b=3), []
+    for name in ("log_query_features", "key_features"):
         features = getattr(layer.kernels, name)
         monkeypatch.setattr(
-            layer.kernels, name, lambda states, name=name, of=features: shapes.append((name, *states.shape)) or of(states)
+            layer.kernels,
+            name,
+            lambda states, *args, name=name, of=features: shapes.append((name, *states.shape)) or of(states, *args),
         )
     step(layer, b=3)
-    assert shapes == [("query_features", 3, 4, 1, DIM), ("key_features", 3, 2, 1, DIM)]
+    assert shapes == [("log_query_features", 3, 4, 1, DIM), ("key_features", 3, 2, 1, DIM)]
 
 
-@pytest.mark.parametrize("kernels", ["sparse", "trained", "untrained"])
+@pytest.mark.parametrize("kernels", ["sparse", *MEMORIES, "untrained"])
 def test_no_weights_where_the_policy_needs_none(kernels):
     names = step(full_layer("sink_recent", kernels)).names
     assert any("scaled_dot_product" in name for name in names) == (kernels == "sparse")

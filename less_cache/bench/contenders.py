@@ -130,6 +130,7 @@ def random_kernels(model: PreTrainedModel, seed: int) -> LESSKernels:
     """Kernels of the size that `less-cache train` makes: their speed does not depend on what they have learned."""
     config = LESSConfig(
         **dataclasses.asdict(geometry(model.config)),
+        memory=TrainingOptions.memory,
         rank=TrainingOptions.rank,
         hidden_size=TrainingOptions.hidden_size,
         layers=full_attention_layers(model.config),

@@ -17,7 +17,8 @@ from less_cache.families import full_attention_layers, geometry
 
 NOTE = (
     "Formula, a layer with g KV heads of dimension d, numbers of i bytes, b sequences of T tokens: full cache 2·i·b·g·d·T; "
-    "policy with a budget of c − 1 tokens and f counts b·(g·c·(2·i·d + 8) + 8·f + 9); LESS of rank r 4·b·g·r·(d + 1) more."
+    "policy with a budget of c − 1 tokens and f counts b·(g·c·(2·i·d + 8) + 8·f + 9); LESS with r centroids "
+    "4·b·g·r·(2·d + 1) more, of low rank r 4·b·g·r·(d + 1)."
 )
 
 
@@ -67,10 +68,11 @@ def formula(contest: Contest, name: str, context: int) -> int | None:
     if capacity is None:
         return None
     c, f = int(capacity) + 1, counts.shape[1]
-    total = b * (g * c * (2 * i * d + 8) + 8 * f + 9)
+    total = layers * b * (g * c * (2 * i * d + 8) + 8 * f + 9)
     if name == "less":
-        total += 4 * b * g * contest.kernels.config.rank * (d + 1)
-    return layers * total
+        memories = (contest.kernels.for_layer(index) for index in contest.kernels.config.layers or [])
+        total += sum(4 * b * g * memory.num_virtual_tokens * (memory.width(d) + 1) for memory in memories)
+    return total
 
 
 def table(rows: list[MemoryRow], labels: dict[str, str]) -> Table:
