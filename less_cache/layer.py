@@ -290,7 +290,7 @@ class LESSLayer(CacheLayerMixin):
         n = query_states.shape[2]
         if attention_mask is not None or query_states.device.type != "cpu" or query_states.dtype != torch.float32:
             return False
-        counts = self.policy.resolve(torch.tensor([n]))  # [1, f]
+        counts = self.policy.resolve(torch.tensor([n], device=query_states.device))  # [1, f]
         return self.policy.observed(counts.T[:, :, None, None], n) == n
 
     def _record(self, call: AttentionCall) -> None:
