@@ -1,48 +1,51 @@
-"""100,000 tokens through one layer: memory, state and positions early and at the end. Prints one JSON line."""
+"""100,000 tokens decoded by a whole small model: memory, state and positions early and at the end. Prints one JSON line."""
 
+import dataclasses
 import json
 import resource
 import time
 
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from less_cache import H2O
-from less_cache.kernels import LayerKernels
-from less_cache.layer import LESSLayer
+from less_cache import H2O, LESSCache, LESSConfig, LESSKernels
+from less_cache.families import geometry
 
-STEPS, EARLY, DIM = 100_000, 2_000, 16
+STEPS, EARLY, LAYERS = 100_000, 2_000, 2
 
 torch.manual_seed(0)
 torch.set_num_threads(1)
-kernels = LayerKernels(num_attention_heads=2, num_key_value_heads=1, head_dim=DIM, hidden_size=16, rank=8)
-torch.nn.init.ones_(kernels.key_scale)  # at their first 1e-4, the state would be next to nothing
-layer = LESSLayer(H2O(heavy=8, recent=8), kernels.requires_grad_(False), layer_idx=0)
-module = torch.nn.Identity().eval()
+heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+sizes = {"hidden_size": 32, "intermediate_size": 64, "vocab_size": 97, "num_hidden_layers": LAYERS}
+model = LlamaForCausalLM(LlamaConfig(**sizes, **heads, max_position_embeddings=STEPS)).eval()
+config = LESSConfig(**dataclasses.asdict(geometry(model.config)), hidden_size=16, memory="soft_centroids")
+kernels = LESSKernels(config)
+for index in range(LAYERS):
+    torch.nn.init.zeros_(kernels.for_layer(index).query_bias)  # as it starts, the state would hardly matter
+cache = LESSCache(model, H2O(heavy=8, recent=8), kernels)
+token = torch.ones(1, 1, dtype=torch.long)
 
 
-def own_attention(module, query, key, value, mask, **options):
-    """The model's own, for the first token, which sees itself alone."""
-    return value.repeat(1, 2, 1, 1).transpose(1, 2), None
-
-
+@torch.no_grad()
 def decode(steps: int) -> dict[str, int]:
-    """Feed random tokens; what is held after the last."""
+    """Sample tokens; what is held after the last."""
+    global token
     for _ in range(steps):
-        query, key, value = torch.randn(1, 2, 1, DIM), torch.randn(1, 1, 1, DIM), torch.randn(1, 1, 1, DIM)
-        output, _ = layer.attend(own_attention, module, query, *layer.update(key, value), None)
-        assert output.isfinite().all()
+        logits = model(token, past_key_values=cache).logits[:, -1]
+        assert logits.isfinite().all()
+        token = torch.multinomial(logits.softmax(-1), 1)
     return {
-        "tokens": layer.get_seq_length(),
-        "layer_bytes": sum(tensor.nbytes for tensor in layer.tensors().values()),
+        "tokens": cache.get_seq_length(),
+        "cache_bytes": cache.memory_footprint().total,
         "peak_rss_kib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
     }
 
 
 start = time.process_time()
-report = {"early": decode(EARLY), "last": decode(STEPS - EARLY)}
+report = {"layers": LAYERS, "early": decode(EARLY), "last": decode(STEPS - EARLY)}
 report["cpu_seconds"] = round(time.process_time() - start, 1)
-report["positions"] = sorted(layer.positions.flatten().tolist())
-assert report["early"]["layer_bytes"] == report["last"]["layer_bytes"], report
-assert report["positions"][-8:] == list(range(STEPS - 8, STEPS)), report
-assert all(tensor.isfinite().all() for tensor in layer.tensors().values()), report
+report["positions"] = [sorted(layer.positions.flatten().tolist()) for layer in cache.layers]
+assert report["early"]["cache_bytes"] == report["last"]["cache_bytes"], report
+assert all(positions[-8:] == list(range(STEPS - 8, STEPS)) for positions in report["positions"]), report
+assert all(tensor.isfinite().all() for layer in cache.layers for tensor in layer.tensors().values()), report
 print(json.dumps(report))

@@ -132,7 +132,7 @@ def _sections(config: LESSConfig, name: str, weights: str, plot: bool) -> list[s
     lines = [
         f"# LESS kernels for {base.split('/')[-1]}, trained with {trained_with}",
         "",
-        f"φ and ψ that let a less-cache read what {trained_with} evicts: R = {_span(config.ranks)}, "
+        f"φ and ψ that let a less-cache read what {trained_with} evicts: {_state(config)}, "
         f"hidden size {_span(config.hidden_sizes)}, {len(config.layers or [])} layers, {weights}.",
         "",
         "```python",
@@ -164,6 +164,13 @@ def _sections(config: LESSConfig, name: str, weights: str, plot: bool) -> list[s
         lines += ["```"]
     lines += ["", f"Written by less-cache {config.less_cache_version}; sha256 of the weights: `{config.sha256}`."]
     return lines
+
+
+def _state(config: LESSConfig) -> str:
+    """What a KV head remembers evicted tokens with, in words."""
+    if config.memory == "soft_centroids":
+        return f"{_span([rank // 2 for rank in config.ranks])} trained centroids"
+    return f"R = {_span(config.ranks)}"
 
 
 def _cache(name: str, policy: dict) -> list[str]:

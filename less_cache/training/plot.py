@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from matplotlib.figure import Figure
 
@@ -9,19 +10,25 @@ SMOOTHED = 20  # steps that a point of the joint curve averages
 
 
 def draw(log_path: Path, picture: Path) -> None:
-    """Left, what the first stage left of each layer's error; right, the second stage's loss."""
+    """A panel for each stage that ran: what the first left of each layer's error, and the second one's loss."""
     log = json.loads(log_path.read_text())
-    figure = Figure(figsize=(10, 3.6), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    layers = [record["layer"] for record in log["layers"]]
-    left.bar(layers, [record["after"] for record in log["layers"]], color="tab:blue")
-    left.axhline(1, color="gray", linewidth=0.8)
-    left.set(xlabel="layer", ylabel="share of the policy's error left", title="Each layer on its own (held out)")
-    losses = log["joint"]
-    means = [sum(losses[max(0, step - SMOOTHED) : step]) / min(step, SMOOTHED) for step in range(1, len(losses) + 1)]
-    right.plot(range(1, len(losses) + 1), losses, color="tab:blue", alpha=0.25, linewidth=0.8, label="one step")
-    right.plot(range(1, len(losses) + 1), means, color="tab:blue", label=f"mean of {SMOOTHED} steps")
-    right.set(xlabel="step", ylabel="KL to the full cache, nats", title="All layers on the model's output")
-    right.set_ylim(bottom=0)
-    right.legend()
+    stages = [(draw_stage, log[key]) for key, draw_stage in (("layers", draw_layers), ("joint", draw_joint)) if log[key]]
+    figure = Figure(figsize=(5 * max(1, len(stages)), 3.6), layout="constrained")
+    for index, (draw_stage, record) in enumerate(stages, start=1):
+        draw_stage(figure.add_subplot(1, len(stages), index), record)
     figure.savefig(picture, dpi=120)
+
+
+def draw_layers(axes: Any, records: list[dict]) -> None:
+    axes.bar([record["layer"] for record in records], [record["after"] for record in records], color="tab:blue")
+    axes.axhline(1, color="gray", linewidth=0.8)
+    axes.set(xlabel="layer", ylabel="share of the policy's error left", title="Each layer on its own (held out)")
+
+
+def draw_joint(axes: Any, losses: list[float]) -> None:
+    means = [sum(losses[max(0, step - SMOOTHED) : step]) / min(step, SMOOTHED) for step in range(1, len(losses) + 1)]
+    axes.plot(range(1, len(losses) + 1), losses, color="tab:blue", alpha=0.25, linewidth=0.8, label="one step")
+    axes.plot(range(1, len(losses) + 1), means, color="tab:blue", label=f"mean of {SMOOTHED} steps")
+    axes.set(xlabel="step", ylabel="KL to the full cache, nats", title="All layers on the model's output")
+    axes.set_ylim(bottom=0)
+    axes.legend()
