@@ -128,11 +128,14 @@ def _tags(config: LESSConfig, older: list[str]) -> list[str]:
 def _sections(config: LESSConfig, name: str, weights: str, plot: bool) -> list[str]:
     base = config.base_model or ""
     policy = config.policy or {}
-    trained_with = policy.get("name", "no policy")
+    policies = config.training.get("policies")
+    if not isinstance(policies, list) or not policies:
+        policies = [policy.get("name", "no policy")]
+    trained_with = " and ".join(dict.fromkeys(map(str, policies)))
     lines = [
         f"# LESS kernels for {base.split('/')[-1]}, trained with {trained_with}",
         "",
-        f"φ and ψ that let a less-cache read what {trained_with} evicts: {_state(config)}, "
+        f"φ and ψ that let a less-cache read what was evicted: {_state(config)}, "
         f"hidden size {_span(config.hidden_sizes)}, {len(config.layers or [])} layers, {weights}.",
         "",
         "```python",
