@@ -13,6 +13,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from less_cache import CORM, H2O, LESSCache, LESSKernels, SinkRecent
+from less_cache.kernels import MEMORIES
 from less_cache.layer import LESSLayer
 
 POLICIES = [H2O(heavy=4, recent=3), H2O(heavy=0.1, recent=0.1), SinkRecent(sinks=2, recent=5), CORM(window=4, recent=3)]
@@ -20,7 +21,7 @@ NEW = 12
 LARGER_THAN_LENGTH = H2O(heavy=64, recent=64)
 
 each_policy = pytest.mark.parametrize("policy", POLICIES, ids=repr)
-each_kernels = pytest.mark.parametrize("with_kernels", [False, True], ids=["sparse", "less"])
+each_kernels = pytest.mark.parametrize("memory", [None, *MEMORIES])
 each_base = pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
 
 
@@ -28,9 +29,9 @@ def tokens(batch: int = 1, length: int = 30) -> torch.Tensor:
     return torch.randint(1, 97, (batch, length))
 
 
-def caches(model: PreTrainedModel, policy=POLICIES[0], with_kernels: bool = True):
+def caches(model: PreTrainedModel, policy=POLICIES[0], memory: str | None = "low_rank"):
     """A function that makes one equal cache after another."""
-    kernels = tiny_kernels(model) if with_kernels else None
+    kernels = tiny_kernels(model, memory=memory) if memory else None
     return lambda: LESSCache(model, policy, kernels)
 
 
@@ -70,9 +71,9 @@ def assert_same(one, other, atol: float = 1e-5):
 @each_policy
 @each_kernels
 @each_base
-def test_greedy_is_one_forward_a_token(policy, with_kernels, attn_implementation):
+def test_greedy_is_one_forward_a_token(policy, memory, attn_implementation):
     model = tiny_llama(attn_implementation)
-    cache = caches(model, policy, with_kernels)
+    cache = caches(model, policy, memory)
     prompt = tokens(batch=2)
     assert torch.equal(generate(model, cache(), prompt).sequences[:, 30:], by_hand(model, cache(), prompt))
 
@@ -81,7 +82,7 @@ def test_kernels_and_policy_matter():
     """What the other tests compare is far from the full cache, and LESS from its sparse policy."""
     model, prompt = tiny_llama(), tokens()
     full = generate(model, DynamicCache(config=model.config), prompt, max_new_tokens=2).logits[1]
-    sparse = generate(model, caches(model, with_kernels=False)(), prompt, max_new_tokens=2).logits[1]
+    sparse = generate(model, caches(model, memory=None)(), prompt, max_new_tokens=2).logits[1]
     less = generate(model, caches(model)(), prompt, max_new_tokens=2).logits[1]
     for one, other in ((full, sparse), (full, less), (sparse, less)):
         assert (one - other).abs().max() > 1e-2
@@ -148,12 +149,12 @@ def test_streamer_gets_every_token_as_it_comes():
 
 @each_policy
 @each_kernels
-def test_eager_and_sdpa_agree(policy, with_kernels):
+def test_eager_and_sdpa_agree(policy, memory):
     prompt = tokens(batch=2)
     results = []
     for attn_implementation in ("eager", "sdpa"):
         model = tiny_llama(attn_implementation)
-        results.append(generate(model, caches(model, policy, with_kernels)(), prompt))
+        results.append(generate(model, caches(model, policy, memory)(), prompt))
     assert_same(*results)
 
 
@@ -169,9 +170,9 @@ def test_output_attentions_gives_none():
 @each_policy
 @each_kernels
 @each_base
-def test_left_padded_row_equals_its_single_run(policy, with_kernels, attn_implementation):
+def test_left_padded_row_equals_its_single_run(policy, memory, attn_implementation):
     model = tiny_llama(attn_implementation)
-    cache = caches(model, policy, with_kernels)
+    cache = caches(model, policy, memory)
     rows = [tokens(length=length) for length in (30, 23, 5, 1)]
     padded = torch.cat([torch.nn.functional.pad(row, (30 - row.shape[1], 0)) for row in rows])
     batch = generate(model, cache(), padded, attention_mask=(padded > 0).long())
@@ -296,9 +297,9 @@ def test_prefill_chunks_of_nothing_but_padding(chunk):
 @each_policy
 @each_kernels
 @pytest.mark.parametrize("whole_history", [True, False], ids=["whole history", "new text alone"])
-def test_turns_on_one_cache(policy, with_kernels, whole_history):
+def test_turns_on_one_cache(policy, memory, whole_history):
     model = tiny_llama()
-    cache, manual = caches(model, policy, with_kernels)(), caches(model, policy, with_kernels)()
+    cache, manual = caches(model, policy, memory)(), caches(model, policy, memory)()
     history, unread = tokens(length=0), tokens(length=0)
     for length in (20, 9, 1, 40):
         text = tokens(length=length)
@@ -372,7 +373,7 @@ def test_budget_above_length_is_a_full_cache(family, attn_implementation):
 
 @each_base
 @pytest.mark.parametrize("policy", [LARGER_THAN_LENGTH, SinkRecent(8, 120), CORM(128, 128)], ids=repr)
-def test_budget_above_length_is_a_full_cache_with_kernels(policy, attn_implementation):
+def test_budget_above_length_is_a_full_cache_memory(policy, attn_implementation):
     model, prompt = tiny_llama(attn_implementation), tokens(batch=2)
     full, ours = DynamicCache(config=model.config), caches(model, policy)()
     assert_same(generate(model, full, prompt), generate(model, ours, prompt), atol=1e-4)
@@ -432,15 +433,16 @@ def test_fractions_are_of_the_prompt(prompt_blocks):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("new_tokens", [1, 2, 40])
 @each_kernels
-def test_memory_footprint(with_kernels, new_tokens, dtype):
+def test_memory_footprint(memory, new_tokens, dtype):
     model = tiny_llama().to(dtype)
-    cache = caches(model, with_kernels=with_kernels)()
+    cache = caches(model, memory=memory)()
     generate(model, cache, tokens(batch=3), max_new_tokens=new_tokens)
     layers, b, g, d, rank, counts = 2, 3, 2, 8, 8, 2
+    numbers = {None: 0, "low_rank": rank * (d + 1), "soft_centroids": rank // 2 * (2 * d + 1)}  # of a KV head's state
     slots = 4 + 3 + 1  # heavy, recent, and the slot that the next token goes into
     footprint = cache.memory_footprint()
     assert footprint.keys_values == layers * b * g * slots * d * 2 * dtype.itemsize
-    assert footprint.low_rank_state == (layers * b * g * rank * (d + 1) * 4 if with_kernels else 0)
+    assert footprint.low_rank_state == layers * b * g * 4 * numbers[memory]
     position, score, seen, count, settled = 4, 4, 8, 8, 1
     assert footprint.bookkeeping == layers * b * (g * slots * (position + score) + seen + counts * count + settled)
     assert footprint.full_cache == layers * b * g * (30 + new_tokens - 1) * d * 2 * dtype.itemsize

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from tiny import tiny_kernels, tiny_llama
 
 from less_cache import CORM, H2O, LESSCache, LESSError, SinkRecent, snapshot
+from less_cache.kernels import MEMORIES
 
 POLICIES = [H2O(heavy=4, recent=3), H2O(heavy=0.1, recent=0.1), SinkRecent(sinks=2, recent=5), CORM(window=4, recent=3)]
 
@@ -50,11 +51,11 @@ def assert_goes_on_bit_by_bit(model, loaded: LESSCache, cache: LESSCache, prompt
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("with_kernels", [False, True], ids=["sparse", "less"])
+@pytest.mark.parametrize("memory", [None, *MEMORIES])
 @pytest.mark.parametrize("policy", POLICIES, ids=repr)
-def test_a_loaded_cache_goes_on_bit_by_bit(policy, with_kernels, dtype, prompt, tmp_path):
+def test_a_loaded_cache_goes_on_bit_by_bit(policy, memory, dtype, prompt, tmp_path):
     model = tiny_llama()
-    kernels = tiny_kernels(model) if with_kernels else None
+    kernels = tiny_kernels(model, memory=memory) if memory else None
     model = model.to(dtype)
     cache = prefilled(model, prompt, policy, kernels)
     cache.save(tmp_path / "prefix.safetensors")

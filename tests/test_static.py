@@ -1,6 +1,7 @@
 """The static form: what the dynamic form does, in fixed shapes at fixed addresses, and compiled into one graph."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -13,7 +14,12 @@ from transformers import CompileConfig, PreTrainedModel
 from less_cache import CORM, H2O, LESSCache, LESSError, LESSKernels, SinkRecent
 
 POLICIES = [H2O(heavy=4, recent=3), H2O(heavy=0.2, recent=0.1), SinkRecent(sinks=2, recent=5)]
-KERNELS = {"sparse": lambda model: None, "trained": tiny_kernels, "untrained": LESSKernels.untrained}
+KERNELS = {
+    "sparse": lambda model: None,
+    "low_rank": tiny_kernels,
+    "soft_centroids": functools.partial(tiny_kernels, memory="soft_centroids"),
+    "untrained": LESSKernels.untrained,
+}
 
 each_policy = pytest.mark.parametrize("policy", POLICIES, ids=repr)
 each_kernels = pytest.mark.parametrize("kernels", KERNELS.values(), ids=KERNELS)

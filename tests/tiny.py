@@ -40,7 +40,11 @@ def tiny_llama(attn_implementation: str = "sdpa", seed: int = 0, **overrides) ->
 
 
 def tiny_kernels(
-    model: PreTrainedModel, rank: int | list[int] = 8, hidden_size: int | list[int] = 16, seed: int = 0
+    model: PreTrainedModel,
+    rank: int | list[int] = 8,
+    hidden_size: int | list[int] = 16,
+    seed: int = 0,
+    memory: str = "low_rank",
 ) -> LESSKernels:
     """Random kernels for `model`, heavy enough that the state weighs as much as the kept tokens."""
     sizes = geometry(model.config)
@@ -56,6 +60,7 @@ def tiny_kernels(
         model_type=model.config.get_text_config(decoder=True).model_type,
         base_model="tiny",
         base_model_fingerprint=fingerprint(model),
+        memory=memory,
     )
     kernels = LESSKernels(config)
     generator = torch.Generator().manual_seed(seed)
