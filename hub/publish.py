@@ -34,7 +34,7 @@ def main(
     base_model: Annotated[
         str | None, typer.Option(metavar="ID", help="Hub id of the base model; needed where MODEL is a file or folder.")
     ] = None,
-    policy: Annotated[str, typer.Option(metavar="NAME")] = "h2o",
+    policy: Annotated[str, typer.Option(metavar="NAME", help="Of the measurement; of the training: --train-options.")] = "h2o",
     sequences: int = 16,
     prompt_length: int = 512,
     decoded: int = 128,
@@ -49,7 +49,7 @@ def main(
     training = folder.with_name(f"{folder.name}.training")  # its log and plot are not published
     data = [word for path in train_data for word in ("--data", path)]
     if not (training / CONFIG_NAME).exists():
-        run("train", model, *data, "--output", training, "--policy", policy, *shlex.split(train_options))
+        run("train", model, *data, "--output", training, *shlex.split(train_options))
 
     kernels = LESSKernels.from_pretrained(training)
     kernels.config.base_model = base_model or kernels.config.base_model
