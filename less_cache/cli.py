@@ -106,7 +106,9 @@ def train(
         list[int] | None,
         typer.Option(min=1, metavar="TOKENS", help="Repeatable. Default: 256, 512, 1024 and 2048."),
     ] = None,
-    sequences: Annotated[int, typer.Option(min=2, help="Sequences captured for the first stage.")] = TrainingOptions.sequences,
+    sequences: Annotated[
+        int, typer.Option(min=2, help="Sequences captured for the first stage, and texts of one's own that 'self' writes.")
+    ] = TrainingOptions.sequences,
     layerwise_steps: Annotated[
         int, typer.Option(min=0, help="Steps of each layer on its own attention output.")
     ] = TrainingOptions.layerwise_steps,

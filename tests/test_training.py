@@ -369,3 +369,15 @@ def test_a_full_disk_keeps_the_finished_layers(tmp_path, monkeypatch):
 def test_bad_options_are_refused(change, said):
     with pytest.raises(LESSError, match=said):
         dataclasses.replace(TINY, **change)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"layerwise_steps": 0, "joint_steps": 0}, "expected layerwise_steps or joint_steps"),
+        ({"memory": "hash"}, "expected memory to be one of low_rank, soft_centroids, got 'hash'"),
+    ],
+)
+def test_wrong_options(options, message):
+    with pytest.raises(LESSError, match=message):
+        TrainingOptions(**options)

@@ -42,10 +42,10 @@ def run(benchmark: str, options: BenchOptions, output: Path | None, picture: Pat
         "results": [dataclasses.asdict(row) for row in rows],
     }
     line = json.dumps(report)
+    print(line)
     if output is not None:
         output.write_text(line + "\n")
     if picture is not None:
         from less_cache.bench import plot
 
         plot.draw(json.loads(line), picture)
-    print(line)

@@ -38,7 +38,7 @@ def alternate(
     gc.freeze()  # what was there before is not gone through again during a run
     try:
         for index in range(rounds + 1):
-            first = index % len(names)
+            first = index % max(1, len(names))
             for name in names[first:] + names[:first]:
                 result = runs[name]()
                 advance()

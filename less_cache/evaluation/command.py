@@ -67,11 +67,11 @@ def run(
         "results": results,
     }
     line = json.dumps(report)
+    print(line)
     if output is not None:
         output.write_text(line + "\n")
     if plot is not None:
         plot.write_bytes(draw({", ".join(path.name for path in data): report}))
-    print(line)
 
 
 def table(title: str, rows: list[Measurement]) -> Table:

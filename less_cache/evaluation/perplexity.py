@@ -40,6 +40,8 @@ class Measurement:
 
 def stretches(texts: Sequence[Path], tokenizer, count: int, length: int) -> torch.Tensor:
     """`count` evenly spaced stretches of `length` tokens from text files, `[count, length]`; files share equally."""
+    if count < len(texts):
+        raise LESSError(f"Expected at least one sequence for each of {len(texts)} texts, got {count}.")
     rows = []
     for index, path in enumerate(texts):
         tokens = torch.tensor(tokenizer(path.read_text(encoding="utf-8"), add_special_tokens=False, verbose=False)["input_ids"])

@@ -23,7 +23,7 @@ class Cost:
     Args:
         capture, layerwise, joint: Floating-point operations, matrix products alone.
         disk: Most bytes in the output folder.
-        memory: Most bytes of weights and activations, of one process.
+        memory: Bytes of weights, kernels and the dense pass's activations, of one process; the backward pass needs more.
     """
 
     capture: float

@@ -148,7 +148,7 @@ def teacher_cache(config: PreTrainedConfig, kernels: LESSKernels) -> Cache:
         if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
             raise LESSError(
                 f"Layer {index} is a {type(layer).__name__}: a recurrent layer cannot be run from the middle of a sequence, "
-                "which the second stage needs. Train with joint_steps=0."
+                "which the second stage needs. Train with layerwise_steps=200, joint_steps=0."
             )
         is_sliding = type(layer) is DynamicSlidingWindowLayer
         layers.append(DenseLayer(is_sliding) if kernels.for_layer(index) is None else TeacherLayer())
