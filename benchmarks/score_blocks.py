@@ -23,7 +23,7 @@ from collections.abc import Callable
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from less_cache.attention import attention_logits, causal_blocks, causal_weights
+from less_cache.attention import attention_logits, causal_blocks
 
 HEADS, KV_HEADS, DIM, ROUNDS = 9, 3, 64, 5
 LENGTH = int(sys.argv[1]) if len(sys.argv) > 1 else 2048
@@ -56,7 +56,10 @@ def masked_weights(rows: torch.Tensor, first: int) -> torch.Tensor:
 
 
 def last_masked_weights(rows: torch.Tensor, first: int) -> torch.Tensor:
-    return causal_weights(rows, keys, first, DIM**-0.5)
+    n = rows.shape[2]
+    logits = attention_logits(rows, keys[:, :, : first + n], None, DIM**-0.5)
+    logits[..., first:].masked_fill_(torch.ones(n, n, dtype=torch.bool).triu(1), -torch.inf)
+    return logits.softmax(-1)
 
 
 def by_log_sum(block: int) -> torch.Tensor:

@@ -52,24 +52,6 @@ def sparse_softmax(logits: torch.Tensor, sinks: torch.Tensor | None = None) -> t
     return weights / mass, largest + mass.log()
 
 
-def causal_weights(
-    query_states: torch.Tensor,
-    key_states: torch.Tensor,
-    first: int,
-    scaling: float,
-    softcap: float | None = None,
-    sinks: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """`sparse_softmax`'s weights for the queries at positions `first` … `first + n - 1` of a text without padding, each
-    over the keys up to its own: `[b, g, s, n, first + n]`.
-    """
-    n = query_states.shape[2]
-    logits = attention_logits(query_states, key_states[:, :, : first + n], None, scaling, softcap)
-    later = torch.ones(n, n, dtype=torch.bool, device=logits.device).triu(1)
-    logits[..., first:].masked_fill_(later, -torch.inf)  # only the last n columns hold keys of the future
-    return logits.softmax(dim=-1) if sinks is None else sparse_softmax(logits, sinks)[0]
-
-
 def causal_blocks(
     query_states: torch.Tensor,
     key_states: torch.Tensor,
@@ -170,5 +152,6 @@ def kept_attention(
     `query_states`: `[b, h, 1, d]`; the others as in `less_attention`.
     """
     queries = group_heads(query_states, key_states.shape[1]).squeeze(3)  # [b, g, s, d]: a group sees the same columns
-    output = scaled_dot_product_attention(queries, key_states, value_states, attn_mask=visible, scale=scaling)
-    return output.flatten(1, 2).unsqueeze(2)
+    keys, values = key_states.to(queries.dtype), value_states.to(queries.dtype)  # under autocast they may differ
+    output = scaled_dot_product_attention(queries, keys, values, attn_mask=visible, scale=scaling)
+    return output.flatten(1, 2).unsqueeze(2).to(value_states.dtype)

@@ -8,7 +8,7 @@ from less_cache.errors import LESSError
 from less_cache.version import __version__
 
 FORMAT_VERSION = 2  # 1: one rank and one hidden size for all layers, low_rank alone; 2: or one a layer, any memory
-MEMORIES = ("low_rank", "soft_centroids")
+MEMORY_NAMES = ("low_rank", "soft_centroids")
 MOST_LAYERS = 10_000  # far beyond any model; a config that claims more would only fill the memory
 
 
@@ -77,8 +77,8 @@ class LESSConfig:
             raise LESSError(f"LESSConfig: expected layers to be indices below {self.num_hidden_layers}, got {self.layers!r}.")
         if len(set(indices)) != len(indices):
             raise LESSError(f"LESSConfig: expected layers to name each layer once, got {self.layers!r}.")
-        if self.memory not in MEMORIES:
-            raise LESSError(f"LESSConfig: expected memory to be one of {', '.join(MEMORIES)}, got {self.memory!r}.")
+        if self.memory not in MEMORY_NAMES:
+            raise LESSError(f"LESSConfig: expected memory to be one of {', '.join(MEMORY_NAMES)}, got {self.memory!r}.")
         self.format_version = 1 if self.memory == "low_rank" else 2
         for name in ("rank", "hidden_size"):
             sizes = getattr(self, name)

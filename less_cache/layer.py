@@ -13,16 +13,15 @@ import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from less_cache import hook
-from less_cache.attention import attention_logits, causal_blocks, kept_attention, less_attention, sparse_softmax
+from less_cache.attention import attention_logits, kept_attention, less_attention, sparse_softmax
 from less_cache.call import AttentionCall
 from less_cache.errors import LESSError
 from less_cache.memory import LayerMemory
 from less_cache.policies import EvictionPolicy
+from less_cache.prompt import read_prompt
 from less_cache.recording import Recording
 
 QUERY_BLOCK = 256  # queries attended at once in a block: memory is O(QUERY_BLOCK · columns)
-SCORE_BLOCK = 32  # queries of a KV head weighed at once: their weights over a long prompt stay in the processor's cache
-SCORE_NUMBERS = 2**26  # attention weights held at once on other devices
 SPARE_SLOTS = 64  # a policy without a budget gets this many free slots at a time
 REACH = 1024  # tokens after which a recording that nobody crops ends
 PER_ROW = ("keys", "values", "positions", "scores", "seen", "counts", "settled")
@@ -274,12 +273,13 @@ class LESSLayer(CacheLayerMixin):
     def take_in(self, call: AttentionCall) -> torch.Tensor | None:
         """Read the new tokens and take them in: attention output `[b, h, n, d]`, or None where the model's own gives it."""
         n = call.num_tokens
-        if self.keys is None or (n > 1 and not self.record_past):
-            output = self._block(call)
-        elif n == 1:
-            output = self._step(call)
-        else:
-            output = torch.cat([self._step(call.part(token, token + 1)) for token in range(n)], dim=2)
+        with torch.autocast(call.query_states.device.type, enabled=False):  # scores and the state stay in float32
+            if self.keys is None or (n > 1 and not self.record_past):
+                output = self._block(call)
+            elif n == 1:
+                output = self._step(call)
+            else:
+                output = torch.cat([self._step(call.part(token, token + 1)) for token in range(n)], dim=2)
         self.cumulative_length += n
         return output
 
@@ -457,8 +457,9 @@ class LESSLayer(CacheLayerMixin):
         outputs: list[torch.Tensor] = []
         first = n - observed if is_first else 0  # of the queries to go through
         if first < n and is_first and call.attention_mask is None:
-            scores, outputs = self._read_prompt(call, scores, new_positions, first)
-            first = n
+            attends = self._attends_prompt(query_states, None)
+            scores, output = read_prompt(self.policy, call, scores, new_positions, first, attends)
+            outputs, first = [output] if output is not None else [], n
         for start in range(first, n, QUERY_BLOCK):
             rows = slice(start, min(start + QUERY_BLOCK, n))
             visible = self._visible(call.attention_mask, tokens, rows, g)  # [b, g, rows, c up to what the last row may see]
@@ -489,38 +490,6 @@ class LESSLayer(CacheLayerMixin):
         slots = held + SPARE_SLOTS if capacity is None else int(capacity.max()) + 1
         self._store(keys, values, positions.masked_fill(~keep, -1), scores, slots)
         return torch.cat(outputs, dim=2) if outputs else None
-
-    def _read_prompt(
-        self, call: AttentionCall, scores: torch.Tensor, positions: torch.Tensor, start: int
-    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Scores `[b, g, n]` after the queries from `start` on of a prompt without padding, and its output `[b, h, n, d]`,
-        unless the model's own attention gives that.
-        """
-        b, g, n, _ = call.key_states.shape
-        attends = self._attends_prompt(call.query_states, call.attention_mask)
-        output = call.query_states.new_empty(b, call.query_states.shape[1], n, call.value_states.shape[-1])
-        outputs, scores = output.view(b * g, -1, *output.shape[2:]), scores.flatten(0, 1)  # [b·g, s, n, d], [b·g, n]
-        positions = positions.repeat_interleave(g, dim=0)  # [b·g, n]
-        heads_at_once, queries_at_once = 1, SCORE_BLOCK
-        if output.device.type != "cpu":
-            heads_at_once, queries_at_once = b * g, max(1, SCORE_NUMBERS // (b * output.shape[1] * n))
-        blocks = causal_blocks(
-            call.query_states,
-            call.key_states,
-            call.value_states if attends else None,
-            call.scaling,
-            call.softcap,
-            call.sinks,
-            start,
-            heads_at_once,
-            queries_at_once,
-        )
-        for heads, rows, weights, attended in blocks:
-            columns = scores[heads, None, : rows.stop]
-            columns.copy_(self.policy.observe(columns, weights[:, None], positions[heads, rows]))
-            if attended is not None:
-                outputs[heads, :, rows] = attended
-        return scores.view(b, g, n), [output] if attends else []
 
     def _visible(self, attention_mask: torch.Tensor | None, real: torch.Tensor, rows: slice, g: int) -> torch.Tensor:
         """Which columns the queries `rows` see, `[b, g, rows, c]`; each sees itself.

@@ -82,6 +82,11 @@ class TrainedMemory(LayerMemory):
     def num_virtual_tokens(self) -> int:
         """Virtual tokens of a KV head."""
 
+    @property
+    def extra_dims(self) -> int:
+        """Dimensions that `remembered` has beside the values'."""
+        return 0
+
     @abc.abstractmethod
     def key_features(self, key_states: torch.Tensor) -> torch.Tensor:
         """ψ(k): `[b, g, m, d]` to `[b, g, m, r]`, float32, not negative."""
@@ -96,12 +101,8 @@ class TrainedMemory(LayerMemory):
         """What the state keeps weighted means of, `[b, g, m, *]`: the values, then whatever else φ reads."""
         return value_states
 
-    def width(self, head_dim: int) -> int:
-        """Dimensions of what is remembered of a pair; `head_dim`: of the values."""
-        return head_dim
-
     def empty_state(self, batch: int, num_key_value_heads: int, head_dim: int, device: torch.device) -> LowRankState:
-        return LowRankState.empty(batch, num_key_value_heads, self.num_virtual_tokens, self.width(head_dim), device)
+        return LowRankState.empty(batch, num_key_value_heads, self.num_virtual_tokens, head_dim + self.extra_dims, device)
 
     def fold_in(self, state: LowRankState, key_states: torch.Tensor, value_states: torch.Tensor, leaves: torch.Tensor) -> None:
         state.fold_in(self.key_features(key_states) * leaves.unsqueeze(-1), self.remembered(key_states, value_states))
@@ -111,11 +112,11 @@ class TrainedMemory(LayerMemory):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         means = state.means()  # [b, g, r, *]
         logits = self.log_query_features(query_states, means.unsqueeze(2), scaling, softcap) + state.log_mass()
-        return logits.clamp_min(LOWEST), means[..., : self.values_dim(means.shape[-1])]
+        return logits.clamp_min(LOWEST), self.values_of(means)
 
-    def values_dim(self, width: int) -> int:
-        """How many of a mean's `width` dimensions are the value's."""
-        return width
+    def values_of(self, means: torch.Tensor) -> torch.Tensor:
+        """The values among the dimensions of `means`."""
+        return means[..., : means.shape[-1] - self.extra_dims]
 
     def for_heads(self: Trained, num_key_value_heads: int) -> Trained:
         parts = self.sizes[1] // num_key_value_heads

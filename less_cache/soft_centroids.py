@@ -61,7 +61,7 @@ class LayerSoftCentroids(TrainedMemory):
     def log_query_features(
         self, query_states: torch.Tensor, means: torch.Tensor, scaling: float, softcap: float | None = None
     ) -> torch.Tensor:
-        mean_keys = means[..., self.values_dim(means.shape[-1]) :]  # [b, g, n or 1, r, d]
+        mean_keys = means[..., -self.extra_dims :]  # [b, g, n or 1, r, d]
         queries = group_heads(query_states.float() * scaling, self.sizes[1]).transpose(2, 3)  # [b, g, n, s, d]
         logits = (queries @ mean_keys.transpose(-1, -2)).transpose(2, 3)  # [b, g, s, n, r]
         if softcap is not None:
@@ -71,11 +71,9 @@ class LayerSoftCentroids(TrainedMemory):
     def remembered(self, key_states: torch.Tensor, value_states: torch.Tensor) -> torch.Tensor:
         return torch.cat([value_states, key_states], dim=-1)
 
-    def width(self, head_dim: int) -> int:
-        return head_dim + self.sizes[2]
-
-    def values_dim(self, width: int) -> int:
-        return width - self.sizes[2]
+    @property
+    def extra_dims(self) -> int:
+        return self.sizes[2]
 
     @property
     def num_virtual_tokens(self) -> int:

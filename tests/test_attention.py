@@ -7,14 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import SEEDS
 
-from less_cache.attention import (
-    attention_logits,
-    causal_blocks,
-    causal_weights,
-    group_heads,
-    less_attention,
-    sparse_softmax,
-)
+from less_cache.attention import causal_blocks, group_heads, less_attention
 from less_cache.state import LowRankState
 
 many_examples = settings(max_examples=5 * settings.default.max_examples)  # one call each, and many kinds of input
@@ -138,21 +131,6 @@ def test_the_output_has_the_dtype_of_the_values(dtype):
     output, weights = less_attention(query, key, value, torch.ones(1, 1, 3, 3).bool(), 0.5)
     assert output.dtype == dtype and output.shape == (2, 4, 3, 4)
     assert weights.dtype == torch.float32 and weights.shape == (2, 2, 2, 3, 3)
-
-
-@pytest.mark.parametrize("softcap", [None, 1.0])
-@pytest.mark.parametrize("with_sinks", [False, True])
-@pytest.mark.parametrize("first", [0, 5])
-def test_causal_weights_are_the_masked_softmax(softcap, with_sinks, first):
-    g, s, n, d = 2, 2, 4, 8
-    generator = torch.Generator().manual_seed(0)
-    queries = torch.randn(1, g * s, n, d, generator=generator)
-    keys = torch.randn(1, g, 12, d, generator=generator)
-    sinks = torch.linspace(-1, 1, g * s) if with_sinks else None
-    column = torch.arange(first + n)
-    visible = (column <= column[first:, None]).expand(1, g, n, first + n)
-    expected, _ = sparse_softmax(attention_logits(queries, keys[:, :, : first + n], visible, 0.3, softcap), sinks)
-    torch.testing.assert_close(causal_weights(queries, keys, first, 0.3, softcap, sinks), expected)
 
 
 @pytest.mark.parametrize("softcap", [None, 1.0])

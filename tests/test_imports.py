@@ -36,6 +36,7 @@ CORE = [  # each imports only from those before it
     "kernels",
     "call",
     "recording",
+    "prompt",
     "layer",
     "static",
     "resolution",

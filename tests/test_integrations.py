@@ -6,7 +6,7 @@ from tiny import tiny_kernels, tiny_llama
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerFast, pipeline
 
-from less_cache import H2O, LESSCache
+from less_cache import CORM, H2O, LESSCache, SinkRecent
 
 SMALL = H2O(heavy=4, recent=3)
 
@@ -53,6 +53,24 @@ def test_adapters():
     assert_full_budget_is_the_full_cache(model)
     merged = model.merge_and_unload()
     assert torch.equal(wrapped, generate(merged, LESSCache(merged, SMALL, kernels), inputs))
+
+
+@pytest.mark.parametrize("policy", [SMALL, SinkRecent(2, 5), CORM(window=6, recent=4)])
+@pytest.mark.parametrize("trained", [False, True])
+def test_autocast(policy, trained):
+    """The model computes in 16 bits (rotated keys in 32), scores and the state in float32."""
+    model, inputs = tiny_llama(), prompt()
+    with torch.autocast("cpu", torch.bfloat16):
+        full = generate(model, DynamicCache(config=model.config), inputs)
+        assert torch.equal(generate(model, LESSCache(model, H2O(64, 64)), inputs), full)
+        cache = LESSCache(model, policy, tiny_kernels(model) if trained else None)
+        generate(model, cache, inputs)
+    for layer in cache.layers:
+        assert layer.values.dtype == torch.bfloat16
+        assert layer.scores.dtype == torch.float32
+        if trained:
+            assert layer.state.values_sum.dtype == torch.float32
+            assert layer.state.values_sum.isfinite().all()
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch moves its quantisation to torchao

@@ -386,7 +386,7 @@ def test_a_prompt_is_scored_the_same_in_blocks_of_any_size(policy):
     states = tiny.random_states(2, 4, 2, 20, 4)
     layers = [LESSLayer(policy, None, layer_idx=0) for _ in range(2)]
     tiny.feed(layers[0], *states, [20])
-    with mock.patch.multiple("less_cache.layer", SCORE_BLOCK=7):
+    with mock.patch.multiple("less_cache.prompt", SCORE_BLOCK=7):
         tiny.feed(layers[1], *states, [20])
     torch.testing.assert_close(layers[0].scores, layers[1].scores, rtol=1e-5, atol=0)
     assert_same_state(*layers)

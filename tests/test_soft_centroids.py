@@ -9,6 +9,8 @@ from hypothesis import given
 from strategies import SEEDS
 
 from less_cache import LESSConfig, LESSError, LESSKernels
+from less_cache.config import MEMORY_NAMES
+from less_cache.kernels import MEMORIES
 from less_cache.soft_centroids import LIGHT, LayerSoftCentroids
 
 H, G, D, M, RANK = 2, 1, 4, 3, 6
@@ -104,3 +106,7 @@ def test_saved_and_loaded(tmp_path):
 def test_wrong_configs(entries, message):
     with pytest.raises(LESSError, match=message):
         LESSConfig(2, H, G, D, **{"memory": "soft_centroids"} | entries)
+
+
+def test_every_memory_has_its_name():
+    assert tuple(MEMORIES) == MEMORY_NAMES

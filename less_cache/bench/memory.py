@@ -71,7 +71,7 @@ def formula(contest: Contest, name: str, context: int) -> int | None:
     total = layers * b * (g * c * (2 * i * d + 8) + 8 * f + 9)
     if name == "less":
         memories = (contest.kernels.for_layer(index) for index in contest.kernels.config.layers or [])
-        total += sum(4 * b * g * memory.num_virtual_tokens * (memory.width(d) + 1) for memory in memories)
+        total += sum(4 * b * g * memory.num_virtual_tokens * (d + memory.extra_dims + 1) for memory in memories)
     return total
 
 

@@ -15,8 +15,8 @@ def write_whole(path: Path, content: bytes) -> None:
     """Write a file in one atomic step."""
     try:
         replace(path.parent, {path.name: content})
-    except OSError as error:
-        raise LESSError(f"Cannot write {path} ({error}). What was finished before stays: the same command goes on.") from error
+    except LESSError as error:
+        raise LESSError(f"{error} What was finished before stays: the same command goes on.") from error
 
 
 def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> None:

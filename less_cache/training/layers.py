@@ -11,11 +11,12 @@ from transformers import Cache, DynamicCache, PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
 from less_cache import hook
-from less_cache.attention import attention_logits, causal_weights
+from less_cache.attention import attention_logits
+from less_cache.call import AttentionCall
 from less_cache.errors import LESSError
 from less_cache.kernels import LESSKernels
-from less_cache.layer import SCORE_BLOCK
 from less_cache.memory import TrainedMemory
+from less_cache.prompt import read_prompt
 from less_cache.training.options import Example
 from less_cache.training.simulate import Decode, attend, columns, roll
 
@@ -96,6 +97,7 @@ class TeacherLayer(TrainingLayer):
         query.
         """
         b, g, _, _ = self.keys.shape
+        call = AttentionCall(self.queries, self.keys, self.values, None, None, self.scaling, self.softcap, self.sinks)
         earlier: dict[str, torch.Tensor] = {}
         for example in examples:
             p, policy = example.prompt_length, example.policy
@@ -106,10 +108,9 @@ class TeacherLayer(TrainingLayer):
             if start == 0 and policy.name in earlier:
                 start = earlier[policy.name].shape[-1]
                 scores[:, :, :start] = earlier[policy.name]
-            for first in range(start, p, SCORE_BLOCK):
-                rows = slice(first, min(first + SCORE_BLOCK, p))
-                weights = causal_weights(self.queries[:, :, rows], self.keys, first, self.scaling, self.softcap, self.sinks)
-                scores[:, :, : rows.stop] = policy.observe(scores[:, :, : rows.stop], weights, column[rows].expand(b, -1))
+            if start < p:
+                prompt = call.part(0, p)
+                scores, _ = read_prompt(policy, prompt, scores, column.expand(b, p), start, attends=False)
             if policy.observed(counts, p) == p:
                 earlier[policy.name] = scores.clone()
             yield scores

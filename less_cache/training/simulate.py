@@ -123,8 +123,7 @@ def attend(
     output = (weights[..., :c].reshape(b, g, s * n, c) @ column_values).view(b, g, s, n, -1)
     if memory is not None:
         virtual_weights = weights[..., c : c + memory.num_virtual_tokens].transpose(2, 3)  # [b, g, n, s, r]
-        values = means[..., : memory.values_dim(means.shape[-1])]  # [b, g, n, r, d]
-        output = output + (virtual_weights @ values).transpose(2, 3)
+        output = output + (virtual_weights @ memory.values_of(means)).transpose(2, 3)
     return output.flatten(1, 2)
 
 
