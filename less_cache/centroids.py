@@ -52,7 +52,14 @@ class LayerCentroids(LayerMemory):
 
         return CentroidState(count=zeros(), keys_sum=zeros(head_dim), values_sum=zeros(head_dim), squares_sum=zeros())
 
-    def fold_in(self, state: CentroidState, key_states: torch.Tensor, value_states: torch.Tensor, leaves: torch.Tensor) -> None:
+    def fold_in(
+        self,
+        state: CentroidState,
+        key_states: torch.Tensor,
+        value_states: torch.Tensor,
+        leaves: torch.Tensor,
+        ages: torch.Tensor,
+    ) -> None:
         share = leaves.unsqueeze(-1).float()  # [b, g, m, 1]
         keys, values = key_states.float() * share, value_states.float() * share
         squares = keys.square().sum(-1)  # [b, g, m]
@@ -93,7 +100,12 @@ class LayerCentroids(LayerMemory):
         return joins
 
     def virtual_tokens(
-        self, state: CentroidState, query_states: torch.Tensor, scaling: float, softcap: float | None = None
+        self,
+        state: CentroidState,
+        query_states: torch.Tensor,
+        scaling: float,
+        softcap: float | None = None,
+        later: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         count = state.count.clamp_min(1).unsqueeze(-1)  # [b, g, r, 1]
         keys, values = state.keys_sum / count, state.values_sum / count

@@ -387,6 +387,8 @@ class LESSLayer(CacheLayerMixin):
         arrived = True if real is None else real.squeeze(-1)
         self._settle(arrived)
         self.seen += arrived
+        if self.state is not None:
+            self.kernels.pass_time(self.state, arrived)
         self._evict(counts)
         return output
 
@@ -397,33 +399,36 @@ class LESSLayer(CacheLayerMixin):
         if capacity is not None:  # at most one token a head is over
             victim = self.policy.victim(self.scores, self.positions, seen, counts)  # [b, g, 1]
             leaves = (self.positions >= 0).sum(dim=-1, keepdim=True) > capacity
-            self._fold_in(victim, leaves)
-            self.positions.scatter_(-1, victim, self.positions.gather(-1, victim).masked_fill(leaves, -1))
+            victim_positions = self.positions.gather(-1, victim)
+            self._fold_in(victim, leaves, victim_positions)
+            self.positions.scatter_(-1, victim, victim_positions.masked_fill(leaves, -1))
             return
         leaves = (self.positions >= 0) & ~self.policy.keep(self.scores, self.positions, seen, counts)  # [b, g, c]
         if most := int(leaves.sum(dim=-1).max()):
             victims = leaves.int().argsort(dim=-1, descending=True, stable=True)[..., :most]
-            self._fold_in(victims, leaves.gather(-1, victims))
+            self._fold_in(victims, leaves.gather(-1, victims), self.positions.gather(-1, victims))
             self.positions.masked_fill_(leaves, -1)
         held = int((self.positions >= 0).sum(dim=-1).max())
         slots = self.positions.shape[-1]
         if held == slots or slots > 2 * (held + SPARE_SLOTS):  # no slot for the next token, or mostly empty
             self._store(self.keys, self.values, self.positions, self.scores, held + SPARE_SLOTS)
 
-    def _fold_in(self, slots: torch.Tensor, leaves: torch.Tensor) -> None:
-        """Add the pairs in `slots` `[b, g, m]` to the state where `leaves` `[b, g, m]`."""
+    def _fold_in(self, slots: torch.Tensor, leaves: torch.Tensor, positions: torch.Tensor) -> None:
+        """Add the pairs in `slots` `[b, g, m]`, of these `positions`, to the state where `leaves` `[b, g, m]`."""
         if self.state is None:
             return
         index = slots.unsqueeze(-1)
         keys = self.keys.gather(2, index.expand(*slots.shape, self.keys.shape[-1]))
         values = self.values.gather(2, index.expand(*slots.shape, self.values.shape[-1]))
-        self.kernels.fold_in(self.state, keys, values, leaves)
+        self.kernels.fold_in(self.state, keys, values, leaves, self.seen.view(-1, 1, 1) - positions)
 
-    def _virtual_tokens(self, query_states: torch.Tensor, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """The state as columns for some of the call's queries."""
+    def _virtual_tokens(
+        self, query_states: torch.Tensor, call: AttentionCall, later: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """The state as columns for some of the call's queries, `later` tokens after it, `[b, n]`."""
         if self.state is None:
             return None
-        return self.kernels.virtual_tokens(self.state, query_states, call.scaling, call.softcap)
+        return self.kernels.virtual_tokens(self.state, query_states, call.scaling, call.softcap, later)
 
     def _block(self, call: AttentionCall) -> torch.Tensor | None:
         """Several tokens: causal attention to the kept, the state and themselves, then one selection.
@@ -468,7 +473,8 @@ class LESSLayer(CacheLayerMixin):
             if is_first:
                 weights, _ = sparse_softmax(attention_logits(queries, row_keys, visible, scaling, softcap), sinks)
             else:
-                row_values, virtual = values[:, :, seen_columns], self._virtual_tokens(queries, call)
+                later = (new_positions[:, rows] - self.seen.unsqueeze(-1)).clamp_min(0)
+                row_values, virtual = values[:, :, seen_columns], self._virtual_tokens(queries, call, later)
                 output, weights = less_attention(queries, row_keys, row_values, visible, scaling, softcap, sinks, virtual)
                 outputs.append(output)
             late = max(n - observed - start, 0)  # rows of this block that the policy does not ask for
@@ -484,7 +490,8 @@ class LESSLayer(CacheLayerMixin):
         keep = self.policy.keep(scores, positions, seen.view(b, 1, 1), counts)
         if self.state is not None:
             leaves = (positions >= 0) & ~keep
-            self.kernels.fold_in(self.state, keys, values, leaves)
+            self.kernels.pass_time(self.state, tokens.sum(-1))
+            self.kernels.fold_in(self.state, keys, values, leaves, seen.view(b, 1, 1) - positions)
         capacity = self.policy.capacity(counts)
         held = int(keep.sum(dim=-1).max())
         slots = held + SPARE_SLOTS if capacity is None else int(capacity.max()) + 1

@@ -29,15 +29,30 @@ class LayerMemory(nn.Module, abc.ABC):
     def empty_state(self, batch: int, num_key_value_heads: int, head_dim: int, device: torch.device) -> Any:
         """The state before anything was evicted. `head_dim`: of the values."""
 
+    def pass_time(self, state: Any, tokens: torch.Tensor | int) -> None:
+        """Let a state fade, in place, over so many new tokens, `[b]` or for all rows."""
+
     @abc.abstractmethod
-    def fold_in(self, state: Any, key_states: torch.Tensor, value_states: torch.Tensor, leaves: torch.Tensor) -> None:
-        """Fold in, in place, the pairs `[b, g, m, d]` that leave, `[b, g, m]` bool."""
+    def fold_in(
+        self, state: Any, key_states: torch.Tensor, value_states: torch.Tensor, leaves: torch.Tensor, ages: torch.Tensor
+    ) -> None:
+        """Fold in, in place, the pairs `[b, g, m, d]` that leave, `[b, g, m]` bool. `ages`: of each, `[b, g, m]`: how many
+        tokens its row has seen from it on.
+        """
 
     @abc.abstractmethod
     def virtual_tokens(
-        self, state: Any, query_states: torch.Tensor, scaling: float, softcap: float | None = None
+        self,
+        state: Any,
+        query_states: torch.Tensor,
+        scaling: float,
+        softcap: float | None = None,
+        later: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits `[b, g, s, n, r]` for the queries `[b, h, n, d]`, and values `[b, g, r, d]`; float32."""
+        """Logits `[b, g, s, n, r]` for the queries `[b, h, n, d]`, and values `[b, g, r, d]`; float32.
+
+        `later`: how many tokens of its row come between the state and each query, `[b, n]`; None: none.
+        """
 
     def for_heads(self: Self, num_key_value_heads: int) -> Self:
         """The part for the KV heads that this process has: under tensor parallelism a share of them, in order."""
@@ -53,9 +68,10 @@ class LayerMemory(nn.Module, abc.ABC):
 class TrainedMemory(LayerMemory):
     """A memory with learned weights. Virtual token r is a weighted mean of the evicted pairs, of total weight Z_r:
 
-        logit_r(q) = log φ_r(q) + log Z_r        Z_r = Σ ψ_r(k)        value_r = Σ ψ_r(k) v / Z_r
+        logit_r(q) = log φ_r(q) + log Z_r    Z_r = Σ e^{−λ_r a} ψ_r(k)    value_r = Σ e^{−λ_r a} ψ_r(k) v / Z_r
 
-    φ has weights for every query head, ψ for every KV head: the first dimension of each parameter is the head.
+    a: how many tokens ago the pair came. Only a memory with `fading_rates` λ fades. φ has weights for every query head, ψ for
+    every KV head: the first dimension of each parameter is the head.
 
     Args:
         rank: The state takes at most the bytes of a low-rank state of this rank.
@@ -97,6 +113,10 @@ class TrainedMemory(LayerMemory):
     ) -> torch.Tensor:
         """log φ(q): `[b, h, n, d]` to `[b, g, s, n, r]`, float32; `means`: the state's, `[b, g, n or 1, r, *]`."""
 
+    def fading_rates(self) -> torch.Tensor | None:
+        """λ, nats a token, `[g, r]`, not negative; None: a pair weighs as much after any time."""
+        return None
+
     def remembered(self, key_states: torch.Tensor, value_states: torch.Tensor) -> torch.Tensor:
         """What the state keeps weighted means of, `[b, g, m, *]`: the values, then whatever else φ reads."""
         return value_states
@@ -104,14 +124,36 @@ class TrainedMemory(LayerMemory):
     def empty_state(self, batch: int, num_key_value_heads: int, head_dim: int, device: torch.device) -> LowRankState:
         return LowRankState.empty(batch, num_key_value_heads, self.num_virtual_tokens, head_dim + self.extra_dims, device)
 
-    def fold_in(self, state: LowRankState, key_states: torch.Tensor, value_states: torch.Tensor, leaves: torch.Tensor) -> None:
-        state.fold_in(self.key_features(key_states) * leaves.unsqueeze(-1), self.remembered(key_states, value_states))
+    def pass_time(self, state: LowRankState, tokens: torch.Tensor | int) -> None:
+        rates = self.fading_rates()
+        if rates is not None:
+            state.scale(torch.exp(-rates * (tokens.view(-1, 1, 1) if isinstance(tokens, torch.Tensor) else tokens)))
+
+    def fold_in(
+        self,
+        state: LowRankState,
+        key_states: torch.Tensor,
+        value_states: torch.Tensor,
+        leaves: torch.Tensor,
+        ages: torch.Tensor,
+    ) -> None:
+        features, rates = self.key_features(key_states), self.fading_rates()
+        if rates is not None:
+            features = features * torch.exp(-rates.unsqueeze(1) * ages.unsqueeze(-1))
+        state.fold_in(features * leaves.unsqueeze(-1), self.remembered(key_states, value_states))
 
     def virtual_tokens(
-        self, state: LowRankState, query_states: torch.Tensor, scaling: float, softcap: float | None = None
+        self,
+        state: LowRankState,
+        query_states: torch.Tensor,
+        scaling: float,
+        softcap: float | None = None,
+        later: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        means = state.means()  # [b, g, r, *]
+        means, rates = state.means(), self.fading_rates()  # [b, g, r, *]
         logits = self.log_query_features(query_states, means.unsqueeze(2), scaling, softcap) + state.log_mass()
+        if rates is not None and later is not None:
+            logits = logits - rates[:, None, None] * later[:, None, None, :, None]
         return logits.clamp_min(LOWEST), self.values_of(means)
 
     def values_of(self, means: torch.Tensor) -> torch.Tensor:

@@ -27,7 +27,7 @@ def reference_attention(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What a `LESSLayer` must give for tokens that were fed in `blocks`, in float64.
 
-        w_ij = e^{l_ij} where query i sees token j, φ(q_i) ψ(k_j)ᵀ where j is evicted, otherwise 0
+        w_ij = e^{l_ij} where query i sees token j, Σ_r φ_r(q_i) ψ_r(k_j) e^{−λ_r (i − j)} where j is evicted, otherwise 0
         out_i = Σ_j w_ij v_j / Σ_j w_ij
 
     This is the formula of LESS with H and z written out as sums over the evicted tokens, whose means φ may read. A query
@@ -76,7 +76,9 @@ def reference_attention(
     sink_mass = 0.0 if sinks is None else sinks.double().exp().view(1, g, -1, 1, 1)
     if kernels is not None:
         key_features = kernels.key_features(key_states).double()  # [b, g, T, r]
-        remembered = kernels.remembered(key_states, value_states).double()  # [b, g, T, *]
+        remembered = kernels.remembered(key_states, value_states).double()[:, :, None]  # [b, g, 1, T, *]
+        fading = kernels.fading_rates()
+        rates = torch.zeros(g, kernels.num_virtual_tokens) if fading is None else fading
 
     held = torch.zeros(b, g, T, dtype=torch.bool)
     scores = policy.arrival(positions)
@@ -93,11 +95,13 @@ def reference_attention(
         sparse = exponentials[:, :, :, rows] * sees.unsqueeze(2)  # [b, g, s, n, T]
         weights = sparse
         if kernels is not None:
-            folded = key_features * evicted.unsqueeze(-1)
-            mass = folded.sum(2).unsqueeze(-1).clamp_min(torch.finfo(torch.float32).tiny)  # [b, g, r, 1]
-            means = (folded.transpose(-1, -2) @ remembered / mass).float().unsqueeze(2)  # [b, g, 1, r, *]
+            ages = (row_positions[:, rows, None] - row_positions[:, None])[:, None, :, :, None]  # [b, 1, n, T, 1]
+            folded = key_features[:, :, None] * torch.exp(-rates[:, None, None].double() * ages)  # [b, g, n, T, r]
+            folded = folded * evicted[:, :, None, :, None]
+            mass = folded.sum(3).unsqueeze(-1).clamp_min(torch.finfo(torch.float32).tiny)  # [b, g, n, r, 1]
+            means = (folded.transpose(-1, -2) @ remembered / mass).float()  # [b, g, n, r, *]
             log_query_features = kernels.log_query_features(query_states[:, :, rows], means, scaling, softcap)
-            weights = sparse + log_query_features.double().exp() @ folded.unsqueeze(2).transpose(-1, -2)
+            weights = sparse + torch.einsum("bgsnr,bgntr->bgsnt", log_query_features.double().exp(), folded)
         outputs.append(weights @ values / (weights.sum(-1, keepdim=True) + sink_mass))
 
         observed = sparse / (sparse.sum(-1, keepdim=True) + sink_mass) * real[:, None, None, rows, None]

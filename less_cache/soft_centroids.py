@@ -3,6 +3,8 @@
 Axes: `b` batch, `h` query heads, `g` KV heads, `s` = h / g, `n` tokens, `d` head dim, `m` hidden size, `r` centroids.
 """
 
+import math
+
 import torch
 from torch import nn
 from torch.nn.functional import gelu, rms_norm
@@ -12,15 +14,18 @@ from less_cache.memory import TrainedMemory, by_head, by_row
 
 LIGHT = -3.0  # nats on a centroid's logit before training: at first the state hardly matters
 MOST_WEIGHT = 20.0  # |log ψ| at most
+SLOWEST, FASTEST = 1 / 512, 1 / 32  # nats a token: how fast the centroids but the first fade before training
 
 
 class LayerSoftCentroids(TrainedMemory):
     """Every evicted pair joins all R centroids, each with a learned weight; a centroid has a mean key and a mean value.
 
-        ψ_r(k) = exp( a_r(k / |k|) )                           H_r = Σ ψ_r(k) (v, k) = Z_r (v̄_r, k̄_r)
+        ψ_r(k) = exp( a_r(k / |k|) )                           H_r = Σ e^{−λ_r t} ψ_r(k) (v, k) = Z_r (v̄_r, k̄_r)
         logit_r(q) = log Z_r + q·k̄_r / √d + c_r(q / |q|)       value_r = v̄_r
 
-    Where φ of the low-rank state is the same function for every text, q·k̄_r follows what was evicted. a and c are
+    t: how many tokens ago a pair came. λ_r = f_r² is learned for each KV head; the first centroid never fades, for f = 0
+    has no gradient. Where φ of the low-rank state is the same function for every text, q·k̄_r follows what was evicted,
+    and a centroid that fades follows where the text is. a and c are
     networks of one hidden layer with a linear path beside it,
 
         a(x) = GELU(x W1 + b1) W2 + x W3 + b2
@@ -31,11 +36,12 @@ class LayerSoftCentroids(TrainedMemory):
     """
 
     query_bias: nn.Parameter
+    fading: nn.Parameter  # f
 
     @staticmethod
     def shapes(h: int, g: int, d: int, m: int, rank: int) -> dict[str, tuple[int, ...]]:
         r = rank // 2
-        shapes: dict[str, tuple[int, ...]] = {}
+        shapes: dict[str, tuple[int, ...]] = {"fading": (g, r)}
         for side, heads in (("query", h), ("key", g)):
             shapes |= {
                 f"{side}_in": (heads, d, m),  # W1
@@ -54,6 +60,13 @@ class LayerSoftCentroids(TrainedMemory):
                 bound = (6 / (parameter.shape[-2] + parameter.shape[-1])) ** 0.5
                 nn.init.uniform_(parameter, -bound, bound, generator=generator)
         nn.init.constant_(self.query_bias, LIGHT)
+        if self.num_virtual_tokens > 1:
+            rates = torch.logspace(math.log2(SLOWEST), math.log2(FASTEST), self.num_virtual_tokens - 1, base=2)
+            with torch.no_grad():
+                self.fading[:, 1:] = rates.sqrt()
+
+    def fading_rates(self) -> torch.Tensor:
+        return self.fading.square()
 
     def key_features(self, key_states: torch.Tensor) -> torch.Tensor:
         return self._network("key", key_states).clamp(-MOST_WEIGHT, MOST_WEIGHT).exp()

@@ -37,6 +37,11 @@ class LowRankState:
         self.values_sum += key_features.transpose(-1, -2) @ values.float()
         self.features_sum += key_features.sum(dim=-2)
 
+    def scale(self, factor: torch.Tensor) -> None:
+        """Weigh all that was folded in by `factor`, `[g, r]` or `[b, g, r]`, in place."""
+        self.values_sum *= factor.unsqueeze(-1)
+        self.features_sum *= factor
+
     def means(self) -> torch.Tensor:
         """H_r / z_r, `[b, g, r, d]`; 0 where z_r is 0."""
         return self.values_sum / self.features_sum.unsqueeze(-1).clamp_min(torch.finfo(torch.float32).tiny)

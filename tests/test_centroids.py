@@ -16,13 +16,18 @@ from less_cache.layer import LESSLayer
 B, H, G, D = 2, 4, 2, 8
 
 
+def fold_in(memory, state, keys, values, leaves):
+    """These centroids do not fade: the age of a pair changes nothing."""
+    memory.fold_in(state, keys, values, leaves, torch.full(leaves.shape, 1000))
+
+
 def folded(lengths, seed=0, num_centroids=4) -> tuple[CentroidState, torch.Tensor, torch.Tensor]:
     """A state that took in random pairs in blocks of `lengths`, and the pairs."""
     _, keys, values = tiny.random_states(B, H, G, sum(lengths), D, seed)
     memory = LayerCentroids(num_centroids)
     state = memory.empty_state(B, G, D, torch.device("cpu"))
     for key, value in zip(keys.split(lengths, dim=2), values.split(lengths, dim=2), strict=True):
-        memory.fold_in(state, key, value, torch.ones(key.shape[:3], dtype=torch.bool))
+        fold_in(memory, state, key, value, torch.ones(key.shape[:3], dtype=torch.bool))
     return state, keys, values
 
 
@@ -40,8 +45,8 @@ def test_what_does_not_leave_is_not_folded():
     leaves = torch.arange(9) % 3 == 0
     memory = LayerCentroids(2)
     some, alone = (memory.empty_state(B, G, D, torch.device("cpu")) for _ in range(2))
-    memory.fold_in(some, keys, values, leaves.expand(B, G, 9))
-    memory.fold_in(alone, keys[:, :, leaves], values[:, :, leaves], torch.ones(B, G, 3, dtype=torch.bool))
+    fold_in(memory, some, keys, values, leaves.expand(B, G, 9))
+    fold_in(memory, alone, keys[:, :, leaves], values[:, :, leaves], torch.ones(B, G, 3, dtype=torch.bool))
     for name, tensor in vars(some).items():
         torch.testing.assert_close(tensor, vars(alone)[name])
 
@@ -55,7 +60,7 @@ def test_well_separated_clusters_are_found():
     values = heap[:, None].float().expand(30, 2)
     memory = LayerCentroids(3)
     state = memory.empty_state(1, 1, 2, torch.device("cpu"))
-    memory.fold_in(state, keys[None, None], values[None, None], torch.ones(1, 1, 30, dtype=torch.bool))
+    fold_in(memory, state, keys[None, None], values[None, None], torch.ones(1, 1, 30, dtype=torch.bool))
     assert state.count.flatten().tolist() == [10.0] * 3
     means = (state.values_sum / state.count.unsqueeze(-1))[0, 0, :, 0]
     assert sorted(means.tolist()) == pytest.approx([0, 1, 2])
@@ -125,7 +130,7 @@ def test_a_state_stays_finite_at_huge_keys():
     state = memory.empty_state(1, 1, 2, torch.device("cpu"))
     keys = torch.tensor([[3e4, -3e4], [1e-4, 1e4]]).expand(1, 1, 2, 2)
     for _ in range(100):
-        memory.fold_in(state, keys, keys, torch.ones(1, 1, 2, dtype=torch.bool))
+        fold_in(memory, state, keys, keys, torch.ones(1, 1, 2, dtype=torch.bool))
     logits, values = memory.virtual_tokens(state, torch.full((1, 1, 1, 2), 1e4), 1.0)
     assert logits.isfinite().all() and values.isfinite().all()
 

@@ -59,6 +59,16 @@ def assert_same_outputs(output: torch.Tensor, expected: torch.Tensor, real: torc
 # Against the oracle
 
 
+def faded_features(case: Case, tokens: int) -> torch.Tensor:
+    """What each of the first `tokens` would weigh in the state after them, ψ(k) e^{−λ age}, `[b, g, tokens, r]`."""
+    real = case.real_tokens()[:, :tokens]
+    features, rates = case.kernels.key_features(case.states[1][:, :, :tokens]), case.kernels.fading_rates()
+    if rates is None:
+        return features
+    ages = real.sum(-1, keepdim=True) + 1 - real.cumsum(-1)  # [b, tokens], 1 for the last real one
+    return features * torch.exp(-rates.unsqueeze(1) * ages[:, None, :, None])
+
+
 @pytest.mark.parametrize("padding", ["none", "left", "anywhere"])
 @pytest.mark.parametrize("name", POLICIES)
 @given(st.data())
@@ -91,7 +101,7 @@ def test_half_precision_is_used_for_slots_and_outputs_alone(name, dtype, data):
     assert layer.keys.dtype == layer.values.dtype == output.dtype == dtype
     resolution = torch.finfo(dtype).eps
     torch.testing.assert_close(output.double(), expected, rtol=resolution, atol=resolution)
-    key_features = case.kernels.key_features(case.states[1]) * ~kept[-1].unsqueeze(-1)
+    key_features = faded_features(case, sum(case.blocks)) * ~kept[-1].unsqueeze(-1)
     torch.testing.assert_close(layer.state.features_sum, key_features.sum(dim=2))
     pairs = case.kernels.remembered(*case.states[1:]).float()
     torch.testing.assert_close(layer.state.values_sum, key_features.transpose(-1, -2) @ pairs)
@@ -116,14 +126,14 @@ def test_every_token_seen_is_either_kept_or_folded_once(name, data):
     case = data.draw(cases(name, padding="anywhere", kernels=True, fractions=True))
     query, key, _ = case.states
     b, g, length, _ = key.shape
-    # Token j has value e_j, so column j of H is ψ(k_j) as often as j was folded in.
+    # Token j has value e_j, so column j of H is ψ(k_j), faded by its age, as often as j was folded in.
     case.states = query, key, torch.eye(length).expand(b, g, length, length)
-    real, key_features = case.real_tokens(), case.kernels.key_features(key)  # [b, g, T, r]
+    real = case.real_tokens()
     layer = case.layer()
     for seen, _, _ in feed_block_by_block(layer, case):
         held = tiny.held_tokens(layer, real[:, :seen])  # [b, g, seen]
         folded = real[:, None, :seen] & ~held
-        expected = (key_features[:, :, :seen] * folded.unsqueeze(-1)).transpose(-1, -2)
+        expected = (faded_features(case, seen) * folded.unsqueeze(-1)).transpose(-1, -2)
         torch.testing.assert_close(layer.state.values_sum[..., :seen], expected)
 
 
@@ -134,7 +144,7 @@ def test_state_equals_the_closed_form_sum_over_the_evicted(name, data):
     _, key, value = case.states
     _, kept = reference_attention(*case.states, case.policy, case.blocks, case.kernels, case.real)
     evicted = case.real_tokens().unsqueeze(1) & ~kept[-1]  # [b, g, T]
-    key_features = case.kernels.key_features(key) * evicted.unsqueeze(-1)  # [b, g, T, r]
+    key_features = faded_features(case, key.shape[2]) * evicted.unsqueeze(-1)  # [b, g, T, r]
     layer, _ = feed(case)
     torch.testing.assert_close(
         layer.state.values_sum, torch.einsum("bgtr,bgtd->bgrd", key_features, case.kernels.remembered(key, value))

@@ -41,21 +41,46 @@ def test_virtual_tokens_are_the_formula(softcap, seed):
     query, key, value = tiny.random_states(1, H, G, 5, D, seed=seed)
     centroids = memory(seed)
     state = centroids.empty_state(1, G, D, key.device)
-    leaves = torch.tensor([[[True, False, True, True, False]]])
-    centroids.fold_in(state, key, value, leaves)
-    logits, values = centroids.virtual_tokens(state, query, scaling=0.5, softcap=softcap)  # [1, 1, h, 5, r], [1, 1, r, d]
+    leaves, ages = torch.tensor([[[True, False, True, True, False]]]), torch.tensor([[[7, 6, 5, 3, 1]]])
+    later = torch.tensor([[0, 1, 2, 3, 4]])  # query i comes so long after the state
+    centroids.fold_in(state, key, value, leaves, ages)
+    logits, values = centroids.virtual_tokens(state, query, 0.5, softcap, later)  # [1, 1, h, 5, r], [1, 1, r, d]
     evicted = [0, 2, 3]
-    psi = {j: [math.exp(x) for x in network(centroids, "key", 0, key[0, 0, j])] for j in evicted}
+    rates = [f**2 for f in centroids.fading[0].double().tolist()]
+    log_psi = {j: network(centroids, "key", 0, key[0, 0, j]) for j in evicted}
     for r in range(RANK // 2):
-        mass = sum(psi[j][r] for j in evicted)
-        mean_key, mean_value = (sum(psi[j][r] * states[0, 0, j].double() for j in evicted) / mass for states in (key, value))
+        weight = {j: math.exp(log_psi[j][r] - rates[r] * int(ages[0, 0, j])) for j in evicted}
+        mass = sum(weight.values())
+        mean_key, mean_value = (sum(weight[j] * states[0, 0, j].double() for j in evicted) / mass for states in (key, value))
         torch.testing.assert_close(values[0, 0, r].double(), mean_value, rtol=1e-4, atol=1e-5)
         for head in range(H):
             for i in range(5):
                 dot = 0.5 * float(query[0, head, i].double() @ mean_key)
                 dot = dot if softcap is None else softcap * math.tanh(dot / softcap)
-                expected = math.log(mass) + dot + network(centroids, "query", head, query[0, head, i])[r]
+                expected = math.log(mass) - rates[r] * i + dot + network(centroids, "query", head, query[0, head, i])[r]
                 assert logits[0, 0, head, i, r].item() == pytest.approx(expected, rel=1e-4, abs=1e-4)
+
+
+@given(SEEDS)
+@pytest.mark.parametrize("tokens", [3, torch.tensor([3, 0])])
+def test_a_state_fades_as_if_its_pairs_were_older(tokens, seed):
+    _, key, value = tiny.random_states(2, H, G, 5, D, seed=seed)
+    centroids, everything = memory(seed), torch.ones(2, G, 5, dtype=torch.bool)
+    ages = torch.arange(5, 0, -1).expand(2, G, 5)
+    faded, older = (centroids.empty_state(2, G, D, key.device) for _ in range(2))
+    centroids.fold_in(faded, key, value, everything, ages)
+    centroids.pass_time(faded, tokens)
+    centroids.fold_in(older, key, value, everything, ages + torch.as_tensor(tokens).view(-1, 1, 1))
+    for name, tensor in vars(faded).items():
+        torch.testing.assert_close(tensor, getattr(older, name))
+
+
+def test_the_first_centroid_never_fades_and_the_others_do():
+    centroids = LayerSoftCentroids(H, G, D, M, 8)
+    torch.testing.assert_close(centroids.fading_rates(), torch.tensor([[0, 1 / 512, 1 / 128, 1 / 32]]).expand(G, 4))
+    centroids.fading_rates().sum().backward()
+    assert centroids.fading.grad[:, 0].eq(0).all()
+    assert LayerSoftCentroids(H, G, D, M, 2).fading_rates().eq(0).all()  # the only one
 
 
 def test_before_training_a_centroid_is_about_the_mean_pair_and_light():
@@ -63,7 +88,7 @@ def test_before_training_a_centroid_is_about_the_mean_pair_and_light():
     centroids = LayerSoftCentroids(H, G, D, M, RANK)
     query = torch.zeros(1, H, 1, D)
     state = centroids.empty_state(1, G, D, key.device)
-    centroids.fold_in(state, key, value, torch.ones(1, G, 50, dtype=torch.bool))
+    centroids.fold_in(state, key, value, torch.ones(1, G, 50, dtype=torch.bool), torch.zeros(1, G, 50))
     logits, _ = centroids.virtual_tokens(state, query, scaling=0.5)
     torch.testing.assert_close(logits[0, 0, :, 0], (state.features_sum[0].log() + LIGHT).expand(H, -1))
 

@@ -77,6 +77,8 @@ def fill(kernels: TrainedMemory, generator: torch.Generator) -> TrainedMemory:
             torch.nn.init.uniform_(parameter, 0.5, 1.5, generator=generator)
         if name.endswith(("bias", "skip")):
             torch.nn.init.uniform_(parameter, -0.3, 0.3, generator=generator)
+        if name.endswith("fading"):
+            torch.nn.init.uniform_(parameter, 0, 0.5, generator=generator)
     return kernels.requires_grad_(False)
 
 

@@ -1,8 +1,9 @@
 """The second stage: all kernels at once, on the model's output with LESS in every layer.
 
-Loss: mean over decoded tokens of KL(full cache || LESS), in nats. Each sequence of a step is a unit of its own: one
-dense forward for all its prompts, then a block of decoded tokens a prompt. Processes share the units out and the units'
-gradients are added in one order, so that any number of processes ends with the same bytes.
+Loss: the logarithm of the mean over decoded tokens of KL(full cache || LESS), so that what counts is the share of the
+divergence that goes: small budgets, which lose ten times as much, would drown the others. Each sequence of a step is a unit
+of its own: one dense forward for all its prompts, then a block of decoded tokens a prompt. Processes share the units out and
+the units' gradients are added in one order, so that any number of processes ends with the same bytes.
 
 Axes: `n` decoded tokens.
 """
@@ -23,6 +24,7 @@ from less_cache.training.processes import Processes
 
 STAGE = "joint"
 WARM_UP = 10  # steps in which the learning rate rises
+LITTLE = 1e-3  # nats a token: what is lost where it hardly matters any more
 
 
 class JointStage:
@@ -48,7 +50,7 @@ class JointStage:
         return len(self.losses)
 
     def advance(self) -> float:
-        """One step. Returns its loss."""
+        """One step. Returns its divergence, mean over the sequences."""
         options = self.options
         first = self.step * options.batch_size
         units = [self._unit(first + index) for index in self.processes.share(range(options.batch_size))]
@@ -71,7 +73,7 @@ class JointStage:
         return loss
 
     def _unit(self, index: int) -> torch.Tensor:
-        """Gradient of the mean loss of one sequence, flat, and the loss at its end."""
+        """Gradient of the mean loss of one sequence, flat, and its mean divergence at the end."""
         examples = draw_examples(self.options, STAGE, index)
         generator = torch.Generator().manual_seed((self.options.seed + 1) * 1_000_003 + index)
         tokens = self.sampler.batch(1, examples[-1].prompt_length + self.options.decoded, generator).to(self.model.device)
@@ -94,9 +96,9 @@ class JointStage:
             cache = student_cache(dense, example, decodes, self.kernels)
             logits = self.model(tokens[:, span], past_key_values=cache, use_cache=True).logits
             log_target = target.float().log_softmax(-1)
-            loss = kl_div(logits.float().log_softmax(-1), log_target, reduction="sum", log_target=True) / (n * len(examples))
-            loss.backward()
-            total += loss.item()
+            divergence = kl_div(logits.float().log_softmax(-1), log_target, reduction="sum", log_target=True) / n
+            (torch.log(divergence + LITTLE) / len(examples)).backward()
+            total += divergence.item() / len(examples)
         return total
 
     def state_dict(self) -> dict:

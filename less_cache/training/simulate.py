@@ -130,10 +130,15 @@ def attend(
 def _states(
     decode: Decode, key_states: torch.Tensor, value_states: torch.Tensor, memory: TrainedMemory
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The state when each query attends: means `[b, g, n, r, *]` and log-masses `[b, g, 1, n, r]`."""
-    p = decode.keep.shape[-1]
+    """The state when each query attends: means `[b, g, n, r, *]` and log-masses `[b, g, 1, n, r]`.
+
+    Pairs weigh what they do at the prompt's end, and fade from there to each query.
+    """
+    p, n = decode.keep.shape[-1], decode.visible.shape[2]
     tiny = torch.finfo(torch.float32).tiny
-    features = memory.key_features(key_states)  # [b, g, p + n, r]
+    features, rates = memory.key_features(key_states), memory.fading_rates()  # [b, g, p + n, r]
+    if rates is not None:
+        features = features * torch.exp(rates.unsqueeze(1) * torch.arange(-p, n, device=rates.device).unsqueeze(-1))
     remembered = memory.remembered(key_states, value_states).float()  # [b, g, p + n, *]
     folded = features[:, :, :p] * ~decode.keep.unsqueeze(-1)
     late_features = columns(features, decode.order, p)  # [b, g, c, r]
@@ -142,4 +147,7 @@ def _states(
     mass = folded.sum(dim=2, keepdim=True) + evicted @ late_features  # [b, g, n, r]
     sums = (folded.transpose(-1, -2) @ remembered[:, :, :p]).unsqueeze(2)  # [b, g, 1, r, *]
     sums = sums + (evicted @ late_pairs.flatten(-2)).unflatten(-1, sums.shape[-2:])  # [b, g, n, r, *]
-    return sums / mass.unsqueeze(-1).clamp_min(tiny), mass.clamp_min(tiny).log().unsqueeze(2)
+    log_mass = mass.clamp_min(tiny).log()
+    if rates is not None:
+        log_mass = log_mass - rates.unsqueeze(1) * torch.arange(n, device=rates.device).unsqueeze(-1)
+    return sums / mass.unsqueeze(-1).clamp_min(tiny), log_mass.unsqueeze(2)

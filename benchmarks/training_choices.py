@@ -1,0 +1,127 @@
+"""What a choice of training is worth: small sets of kernels, trained alike but for one choice, on texts they never saw.
+
+    python benchmarks/training_choices.py MODEL FOLDER --train-data books --text novel=novel.txt --text news=news.txt
+
+Each set is trained jointly for a few steps, prompts of 512 tokens and 128 decoded, and kept in FOLDER: the same command
+goes on there. Measured: KL(full cache || LESS) / KL(full cache || policy alone), means over the decoded tokens of all
+stretches, for every policy at 5 % of the tokens. The first sets differ in the policies trained with, which with the columns
+gives the transfer matrix; the others differ from `mixed` in one thing. One JSON line last.
+"""
+
+import dataclasses
+import json
+import tempfile
+from pathlib import Path
+from typing import Annotated
+from unittest.mock import patch
+
+import torch
+import typer
+from torch.nn.functional import kl_div
+
+from less_cache import CORM, H2O, LESSKernels, SinkRecent, hook, models
+from less_cache.bench.machine import describe
+from less_cache.evaluation.perplexity import stretches
+from less_cache.hub import CONFIG_NAME
+from less_cache.soft_centroids import LayerSoftCentroids
+from less_cache.training import TokenSampler, TrainingOptions, train
+from less_cache.training.data import tokenize
+from less_cache.training.layers import StudentLayer, TeacherLayer, roll_layers, student_cache, teacher_cache
+from less_cache.training.options import Example
+
+PROMPT, DECODED = 512, 128
+COMMON = TrainingOptions(prompts=(PROMPT,), decoded=DECODED)
+SETS: dict[str, dict] = {
+    "mixed": {},
+    "h2o": {"policies": ("h2o",)},
+    "sink_recent": {"policies": ("sink_recent",)},
+    "corm": {"policies": ("corm",)},
+    "no fading": {},
+    "rank 16": {"rank": 16},
+    "hidden 128": {"hidden_size": 128},
+    "low_rank": {"memory": "low_rank", "joint_learning_rate": 1e-3},
+}
+USED = {"h2o": H2O(16, 16), "sink_recent": SinkRecent(4, 28), "corm": CORM(window=16, recent=16)}
+
+
+def trained(name: str, model, sampler: TokenSampler, folder: Path, steps: int) -> LESSKernels:
+    """The set of this name; read where FOLDER has it."""
+    if not (folder / CONFIG_NAME).exists():
+        options = dataclasses.replace(COMMON, joint_steps=steps, **SETS[name])
+        start = reset_without_fading if name == "no fading" else LayerSoftCentroids.reset_parameters
+        with tempfile.TemporaryDirectory() as work, patch.object(LayerSoftCentroids, "reset_parameters", start):
+            train(model, sampler, options, Path(work)).save_pretrained(folder)
+    return LESSKernels.from_pretrained(folder)
+
+
+def reset_without_fading(memory, generator=None, reset=LayerSoftCentroids.reset_parameters) -> None:
+    """Rates of 0 stay 0: their gradient is."""
+    reset(memory, generator)
+    torch.nn.init.zeros_(memory.fading)
+
+
+@torch.no_grad()
+def divergences(model, tokens: torch.Tensor, sets: dict[str, LESSKernels]) -> dict[str, dict[str, float]]:
+    """KL of each policy alone and with each set to the full cache, in nats a token, on `tokens` `[b, p + n]`."""
+    kernels = sets["mixed"]  # which layers: the same in all
+    dense, span = teacher_cache(model.config, kernels), slice(PROMPT, PROMPT + DECODED)
+    target = model(tokens, past_key_values=dense, use_cache=True, logits_to_keep=DECODED).logits.float().log_softmax(-1)
+    teachers = [layer for layer in dense.layers if isinstance(layer, TeacherLayer)]
+    result: dict[str, dict[str, float]] = {}
+    for used, policy in USED.items():
+        example = Example(PROMPT, policy)
+        scores = [next(teacher.scores_after([example])) for teacher in teachers]
+        decodes = roll_layers(teachers, example, scores, DECODED)
+        result[used] = {}
+        for name, state in {"alone": None, **sets}.items():
+            cache = student_cache(dense, example, decodes, state or kernels)
+            if state is None:
+                for layer in cache.layers:
+                    if isinstance(layer, StudentLayer):
+                        layer.kernels = None
+            logits = model(tokens[:, span], past_key_values=cache, use_cache=True).logits.float().log_softmax(-1)
+            kl = kl_div(logits, target, reduction="sum", log_target=True) / target.shape[:2].numel()
+            result[used][name] = kl.item()
+    return result
+
+
+def main(
+    model_name: Annotated[str, typer.Argument(metavar="MODEL")],
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER")],
+    train_data: Annotated[list[Path], typer.Option(metavar="TEXT", help="Text file or folder; repeatable, equal shares.")],
+    text: Annotated[list[str], typer.Option(metavar="NAME=FILE", help="Text to measure on; repeatable.")],
+    steps: int = 60,
+    stretch_count: Annotated[int, typer.Option("--stretches", help="Of each text, four at once.")] = 16,
+    dtype: str = "bfloat16",
+    output: Annotated[Path | None, typer.Option(metavar="FILE")] = None,
+) -> None:
+    """Train small sets that differ in one choice, and print what share of each policy's divergence they leave."""
+    model, tokenizer = models.load(model_name, dtype=getattr(torch, dtype))
+    hook.install()
+    sources = [sorted(path.glob("*.txt")) if path.is_dir() else [path] for path in train_data]
+    sampler = TokenSampler([[tokenize(file.read_text("utf-8"), tokenizer) for file in source] for source in sources])
+    sets = {}
+    for name in SETS:
+        sets[name] = trained(name, model, sampler, folder / name.replace(" ", "-"), steps)
+        typer.echo(f"trained: {name}", err=True)
+    left: dict[str, dict[str, dict[str, float]]] = {}
+    for named in text:
+        title, _, path = named.partition("=")
+        batches = stretches([Path(path)], tokenizer, stretch_count, PROMPT + DECODED).split(4)
+        measured = [divergences(model, batch, sets) for batch in batches]
+        left[title] = {
+            used: {
+                name: round(sum(each[used][name] for each in measured) / sum(each[used]["alone"] for each in measured), 3)
+                for name in sets
+            }
+            for used in USED
+        }
+    options = {"steps": steps, "stretches": stretch_count, "prompt": PROMPT, "decoded": DECODED, "dtype": dtype}
+    line = json.dumps({"benchmark": "training_choices", **options, **describe(torch.device("cpu")), "divergence_left": left})
+    typer.echo(line)
+    if output is not None:
+        output.write_text(line + "\n")
+
+
+if __name__ == "__main__":
+    typer.run(main)
