@@ -1,14 +1,14 @@
 """What `less-cache bench` does: one table and one line of JSON."""
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress
 
-from less_cache.bench import batch, decode, machine, memory, prefill
+from less_cache import outputs
+from less_cache.bench import batch, decode, machine, memory, plot, prefill
 from less_cache.bench.contenders import Contest
 from less_cache.bench.options import BenchOptions
 
@@ -17,6 +17,7 @@ BENCHMARKS: dict[str, Any] = {"decode": decode, "prefill": prefill, "memory": me
 
 def run(benchmark: str, options: BenchOptions, output: Path | None, picture: Path | None) -> None:
     """Measure, then print the table, and all of it as one JSON line; draw `picture` from that."""
+    outputs.check(output, picture)
     console = Console(highlight=False, stderr=True)
     module = BENCHMARKS[benchmark]
     contest = Contest(options)
@@ -41,11 +42,4 @@ def run(benchmark: str, options: BenchOptions, output: Path | None, picture: Pat
         "labels": labels,
         "results": [dataclasses.asdict(row) for row in rows],
     }
-    line = json.dumps(report)
-    print(line)
-    if output is not None:
-        output.write_text(line + "\n")
-    if picture is not None:
-        from less_cache.bench import plot
-
-        plot.draw(json.loads(line), picture)
+    outputs.finish(report, output, picture, plot.draw)
