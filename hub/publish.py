@@ -1,7 +1,7 @@
 """The recipe of a set of kernels: train, store in 16 bit, measure, write the card, and show what a push would send.
 
     python hub/publish.py org/model hub/model-h2o org/model-less-h2o --train-data books --train-data news.txt \
-        --report prose=novel.txt --budget 39 --license apache-2.0 --train-options="--joint-steps 200"
+        --report prose=novel.txt --report prose=play.txt --budget 39 --license apache-2.0 --train-options="--joint-steps 200"
 """
 
 import shlex
@@ -11,9 +11,11 @@ from typing import Annotated
 import torch
 import typer
 
-from less_cache import LESSKernels
-from less_cache.cli import License, app
+from less_cache import LESSError, LESSKernels
+from less_cache.cli import License, app, parse_budget
 from less_cache.hub import CONFIG_NAME
+from less_cache.hub.client import is_repo_id
+from less_cache.policies import policy_class
 
 
 def run(*arguments: object) -> None:
@@ -29,7 +31,10 @@ def main(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Of the set, such as hub/<model>-<policy>.")],
     repo_id: Annotated[str, typer.Argument(metavar="REPO", help="Where it would be published: Hub id, org/name.")],
     train_data: Annotated[list[str], typer.Option(metavar="SOURCE", help="--data of less-cache train; repeatable.")],
-    report: Annotated[list[str], typer.Option(metavar="NAME=FILE", help="Text to measure on; repeatable.")],
+    report: Annotated[
+        list[str],
+        typer.Option(metavar="NAME=FILE", help="Text to measure on; repeatable. Texts of one name share a measurement."),
+    ],
     budget: Annotated[list[str], typer.Option(metavar="SIZE", help="Tokens kept in the measurement; repeatable.")],
     base_model: Annotated[
         str | None, typer.Option(metavar="ID", help="Hub id of the base model; needed where MODEL is a file or folder.")
@@ -44,8 +49,23 @@ def main(
     """Train, store in 16 bit, measure, write the card, and show what a push would send.
 
     Each step is a command of less-cache and is printed before it runs. The same command line goes on where the training
-    was interrupted. Nothing is sent: the last line says how.
+    was interrupted. What later steps need is checked first. Nothing is sent: the last line says how.
     """
+    texts: dict[str, list[str]] = {}
+    for entry in report:
+        name, _, text = entry.partition("=")
+        if not name or not Path(text).is_file():
+            raise typer.BadParameter(f"expected NAME=FILE with a text file, got {entry!r}", param_hint="--report")
+        texts.setdefault(name, []).append(text)
+    if not is_repo_id(base_model or model):
+        wanted = "expected a Hub id such as org/name, here or as MODEL"
+        raise typer.BadParameter(f"{wanted}, got {base_model or model!r}", param_hint="--base-model")
+    try:
+        for size in budget:
+            policy_class(policy).from_budget(parse_budget(size))
+    except LESSError as error:
+        raise typer.BadParameter(str(error), param_hint="--policy and --budget") from error
+
     training = folder.with_name(f"{folder.name}.training")  # its log and plot are not published
     data = [word for path in train_data for word in ("--data", path)]
     if not (training / CONFIG_NAME).exists():
@@ -58,10 +78,9 @@ def main(
     lengths = ("--sequences", sequences, "--prompt-length", prompt_length, "--decoded", decoded)
     budgets = [word for size in budget for word in ("--budget", size)]
     reports = []
-    for entry in report:
-        name, _, text = entry.partition("=")
+    for name, files in texts.items():
         output = training / f"perplexity-{name}.json"
-        measured = ("--kernels", folder, "--policy", policy, "--data", text)
+        measured = ("--kernels", folder, "--policy", policy, *(word for file in files for word in ("--data", file)))
         run("eval", "perplexity", model, *measured, *budgets, *lengths, "--output", output)
         reports += ["--report", f"{name}={output}"]
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Any
 
-from less_cache.bench.options import CACHES, BenchOptions
+from less_cache.bench.options import CACHES, DEFAULTS, BenchOptions
 from less_cache.errors import LESSError
 from less_cache.models import DEFAULT_MODEL
 from less_cache.training.options import TrainingOptions
@@ -246,22 +246,15 @@ def perplexity(
     decoded: Annotated[int, typer.Option(min=1, help="Tokens scored after the prompt, one by one.")] = 128,
     batch_size: Annotated[int, typer.Option(min=1, help="Sequences at once.")] = 8,
     output: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the JSON line here too.")] = None,
-    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw perplexity over bytes, PNG.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw perplexity over bytes, such as perplexity.png.")
+    ] = None,
 ) -> None:
     """Perplexity of text decoded token by token: full cache, policy, policy with the state's bytes, and LESS."""
     from less_cache.evaluation.command import run
 
     sizes = [parse_budget(budget) for budget in budgets]
     run(model, kernels, policy, sizes, data, sequences, prompt_length, decoded, batch_size, output, plot)
-
-
-benchmarks = typer.Typer(no_args_is_help=True)
-app.add_typer(benchmarks, name="bench", help="Measure speed and memory.")
-
-
-@benchmarks.callback()
-def bench() -> None:
-    """Measure speed and memory: DynamicCache, StaticCache, the policy alone and LESS, in turns."""
 
 
 def parse_memory(text: str) -> int:
@@ -276,137 +269,76 @@ def parse_memory(text: str) -> int:
     raise typer.BadParameter(f"expected a size such as 16GiB or 512MiB, got {text!r}")
 
 
-Model = Annotated[
-    str,
-    typer.Argument(metavar="MODEL", help="Folder, .gguf file or Hub id; with --random a model type too: llama is 7B-shaped."),
-]
-Random = Annotated[bool, typer.Option("--random", help="Random weights of the model's shape.")]
-Kernels = Annotated[str | None, typer.Option(metavar="NAME", help="Folder or Hub id. Default: random ones.")]
-Policy = Annotated[str, typer.Option(metavar="NAME", help="Which tokens stay: h2o, sink_recent or corm.")]
-Budget = Annotated[
-    Any, typer.Option(parser=parse_budget, metavar="SIZE", help="Tokens that stay per KV head, or a share of each context.")
-]
-Contexts = Annotated[
-    list[int] | None, typer.Option("--context", min=2, metavar="TOKENS", help="Repeatable. Default: 512 and 2048.")
-]
-Caches = Annotated[
-    list[str] | None, typer.Option("--cache", metavar="NAME", help=f"{', '.join(CACHES)}; repeatable. Default: all.")
-]
-Batch = Annotated[int, typer.Option("--batch", min=1, help="Sequences at once.")]
-Chunk = Annotated[int, typer.Option(min=1, metavar="TOKENS", help="How much of a context a LESSCache reads at once.")]
-Device = Annotated[str, typer.Option(help="Such as cpu or cuda.")]
-Dtype = Annotated[str, typer.Option(help="Of the weights: float32, bfloat16 or float16.")]
-Threads = Annotated[int | None, typer.Option(min=1, help="Of the processor. Default: torch's choice.")]
-Rounds = Annotated[int, typer.Option(min=1, help="Measured runs of each, after one that warms up.")]
-Decoded = Annotated[int, typer.Option("--tokens", min=1, help="Tokens decoded in a run.")]
-Seed = Annotated[int, typer.Option(help="Of random weights and tokens.")]
-Output = Annotated[Path | None, typer.Option(metavar="FILE", help="Write the JSON line here too.")]
-Plot = Annotated[Path | None, typer.Option(metavar="FILE", help="Draw a picture, such as decode.png.")]
-
-
-def run_benchmark(name: str, arguments: dict[str, Any]) -> None:
-    from less_cache.bench.command import run
-
-    output, plot = arguments.pop("output"), arguments.pop("plot")
-    contexts = tuple(sorted(set(arguments.pop("contexts") or BenchOptions.contexts)))
-    caches = arguments.pop("caches", None) or CACHES
-    caches = tuple(cache for cache in (*CACHES, *caches) if cache in caches)
-    run(name, BenchOptions(**arguments, contexts=contexts, caches=tuple(dict.fromkeys(caches))), output, plot)
-
-
-@benchmarks.command()
-def decode(
-    model: Model,
-    random: Random = False,
-    kernels: Kernels = None,
-    policy: Policy = "h2o",
-    budget: Budget = "0.05",
-    contexts: Contexts = None,
-    caches: Caches = None,
-    batch: Batch = 1,
-    chunk: Chunk = 512,
-    device: Device = "cpu",
-    dtype: Dtype = "float32",
-    threads: Threads = None,
-    rounds: Rounds = 7,
-    tokens: Decoded = 16,
-    seed: Seed = 0,
-    output: Output = None,
-    plot: Plot = None,
-) -> None:
-    """Milliseconds a token at each context."""
-    run_benchmark("decode", locals())
-
-
-@benchmarks.command()
-def prefill(
-    model: Model,
-    random: Random = False,
-    kernels: Kernels = None,
-    policy: Policy = "h2o",
-    budget: Budget = "0.05",
-    contexts: Contexts = None,
-    caches: Caches = None,
-    batch: Batch = 1,
-    chunk: Annotated[
-        int | None, typer.Option(min=1, metavar="TOKENS", help="Read so many at once. Default: the whole prompt.")
+@app.command(no_args_is_help=True)
+def bench(
+    benchmark: Annotated[str, typer.Argument(metavar="BENCHMARK", help=f"One of {', '.join(DEFAULTS)}.")],
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL", help="Folder, .gguf file or Hub id; with --random a model type too: llama is 7B-shaped."
+        ),
+    ],
+    random: Annotated[bool, typer.Option("--random", help="Random weights of the model's shape.")] = False,
+    kernels: Annotated[str | None, typer.Option(metavar="NAME", help="Folder or Hub id. Default: random ones.")] = None,
+    policy: Annotated[str, typer.Option(metavar="NAME", help="Which tokens stay: h2o, sink_recent or corm.")] = "h2o",
+    budget: Annotated[
+        Any,
+        typer.Option(parser=parse_budget, metavar="SIZE", help="Tokens that stay per KV head, or a share of each context."),
+    ] = "0.05",
+    contexts: Annotated[
+        list[int] | None, typer.Option("--context", min=2, metavar="TOKENS", help="Repeatable. Default: 512 and 2048.")
     ] = None,
-    device: Device = "cpu",
-    dtype: Dtype = "float32",
-    threads: Threads = None,
-    rounds: Rounds = 5,
-    seed: Seed = 0,
-    output: Output = None,
-    plot: Plot = None,
-) -> None:
-    """Seconds and peak memory of reading a prompt."""
-    run_benchmark("prefill", locals())
-
-
-@benchmarks.command()
-def memory(
-    model: Model,
-    random: Random = False,
-    kernels: Kernels = None,
-    policy: Policy = "h2o",
-    budget: Budget = "0.05",
-    contexts: Contexts = None,
-    caches: Caches = None,
-    batch: Batch = 1,
-    chunk: Chunk = 512,
-    device: Device = "cpu",
-    dtype: Dtype = "float32",
-    threads: Threads = None,
-    seed: Seed = 0,
-    output: Output = None,
-    plot: Plot = None,
-) -> None:
-    """Bytes of the cache at each context, held and by formula."""
-    run_benchmark("memory", locals())
-
-
-@benchmarks.command("batch")
-def largest_batch(
-    model: Model,
+    caches: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--cache",
+            metavar="NAME",
+            help=f"{', '.join(CACHES)}; repeatable. Default: all but less_static, which needs a policy with a budget; prefill "
+            "leaves out static too.",
+        ),
+    ] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Sequences at once; not of the benchmark batch. Default: 1.")] = None,
     memory: Annotated[
         Any,
-        typer.Option(parser=parse_memory, metavar="SIZE", help="What weights and caches may take together, such as 16GiB."),
-    ],
-    random: Random = False,
-    kernels: Kernels = None,
-    policy: Policy = "h2o",
-    budget: Budget = "0.05",
-    contexts: Contexts = None,
-    caches: Caches = None,
-    chunk: Chunk = 512,
-    device: Device = "cpu",
-    dtype: Dtype = "float32",
-    threads: Threads = None,
-    rounds: Rounds = 3,
-    tokens: Decoded = 4,
-    seed: Seed = 0,
-    output: Output = None,
-    plot: Plot = None,
+        typer.Option(
+            parser=parse_memory,
+            metavar="SIZE",
+            help="Of the benchmark batch alone, which needs it: what weights and caches may take together, such as 16GiB.",
+        ),
+    ] = None,
+    chunk: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="TOKENS",
+            help="Tokens that a LESSCache reads at once, in prefill any cache. Default: 512, in prefill all.",
+        ),
+    ] = None,
+    device: Annotated[str, typer.Option(help="Such as cpu or cuda.")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="Of the weights: float32, bfloat16 or float16.")] = "float32",
+    threads: Annotated[int | None, typer.Option(min=1, help="Of the processor. Default: torch's choice.")] = None,
+    rounds: Annotated[
+        int | None,
+        typer.Option(min=1, help="Measured runs of each, after one that warms up. Default: decode 7, prefill 5, batch 3."),
+    ] = None,
+    tokens: Annotated[int | None, typer.Option(min=1, help="Tokens decoded in a run. Default: decode 16, batch 4.")] = None,
+    seed: Annotated[int, typer.Option(help="Of random weights and tokens.")] = 0,
+    output: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the JSON line here too.")] = None,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw a plot, such as decode.png.")] = None,
 ) -> None:
-    """Largest batch that fits into a memory, and its throughput."""
-    run_benchmark("batch", locals())
+    """Measure speed and memory: DynamicCache, StaticCache, the policy alone and LESS, in turns.
+
+    decode: milliseconds a token at each context.
+
+    prefill: seconds and peak memory of reading a prompt.
+
+    memory: bytes of the cache at each context, held and by formula.
+
+    batch: the largest batch that fits into --memory, and its throughput.
+
+    Nothing is compiled. On a GPU generate compiles the static caches, so they are faster there than here.
+    """
+    given = {name: value for name, value in locals().items() if name not in ("benchmark", "output", "plot")}
+    from less_cache.bench.command import run
+
+    run(benchmark, BenchOptions.of(benchmark, **given), output, plot)

@@ -1,16 +1,19 @@
 """What the benchmarks measure with: turns, spreads, filled caches, the formula of their bytes, the largest batch."""
 
+import dataclasses
+import time
 from unittest import mock
 
 import pytest
 import tiny
 import torch
 
-from less_cache import LESSCache
-from less_cache.bench import batch, memory
+from less_cache import LESSCache, LESSError
+from less_cache.bench import batch, decode, memory, prefill
 from less_cache.bench.contenders import Contest
-from less_cache.bench.options import CACHES, BenchOptions
+from less_cache.bench.options import CACHES, DEFAULTS, USUAL, BenchOptions
 from less_cache.bench.peak import PeakMemory
+from less_cache.bench.table import shown, table
 from less_cache.bench.timing import Spread, alternate, ratios
 from less_cache.evaluation.perplexity import cache_bytes
 
@@ -50,31 +53,120 @@ def test_a_spread_is_the_median_and_the_quartiles():
 
 @pytest.mark.parametrize("sequences", [1, 3])
 def test_every_cache_is_filled_to_the_context_and_goes_on(folder, sequences):
-    subject = contest(folder, budget=8)
-    for contender in subject.contenders:
+    subject = contest(folder, budget=8, caches=CACHES)
+    for name in CACHES:
         with torch.no_grad():
-            cache = subject.fill(contender, 40, sequences, more=2)
+            cache = subject.fill(name, 40, sequences, more=2)
             assert cache.get_seq_length() == 40
-            logits = contender.forward(input_ids=subject.tokens(sequences, 2), past_key_values=cache).logits
+            logits = subject.model(input_ids=subject.tokens(sequences, 2), past_key_values=cache).logits
         assert logits.shape == (sequences, 2, tiny.VOCAB) and logits.isfinite().all()
         assert cache.get_seq_length() == 42
         if isinstance(cache, LESSCache):
             assert cache.layers[0].keys.shape[:3] == (sequences, 2, 9)
+            assert cache.is_compileable == (name == "less_static") and (cache.kernels is None) == (name == "policy")
+
+
+@pytest.mark.parametrize("sequences", [1, 3])
+def test_static_less_decodes_what_less_does(folder, sequences):
+    """A batch that repeats one text is put into new buffers of the static layers."""
+    logits = {}
+    for name in ("less", "less_static"):
+        subject = contest(folder, budget=8, caches=(name,))
+        with torch.no_grad():
+            cache = subject.fill(name, 40, sequences, more=3)
+            steps = [subject.model(token, past_key_values=cache).logits for token in torch.arange(3 * sequences).view(3, -1, 1)]
+        logits[name] = torch.cat(steps)
+    torch.testing.assert_close(logits["less"], logits["less_static"])
+
+
+@pytest.mark.parametrize("caches, wanted", [(("dynamic", "policy"), False), (("less",), True), (("less_static",), True)])
+def test_kernels_are_loaded_where_less_is_measured(folder, tmp_path, caches, wanted):
+    tiny.tiny_kernels(tiny.tiny_llama()).save_pretrained(tmp_path / "kernels")
+    loaded = contest(folder, caches=caches, kernels=str(tmp_path / "kernels")).kernels
+    assert (loaded is not None) == wanted
+    if not wanted:
+        assert contest(folder, caches=caches, kernels="./absent").kernels is None
+    assert (contest(folder, caches=caches).kernels is not None) == wanted
+
+
+def test_a_cache_that_cannot_be_made_is_known_before(folder):
+    with pytest.raises(LESSError, match="a policy with a budget"):
+        contest(folder, policy="corm", budget=8, caches=("dynamic", "less_static"))
+
+
+def test_reading_takes_the_seconds_of_the_model(folder):
+    subject = contest(folder)
+    lengths = []
+
+    def model(input_ids, past_key_values, logits_to_keep):
+        lengths.append(input_ids.shape[1])
+        time.sleep(0.02)
+
+    subject.model.forward = model
+    assert 0.06 <= subject.read(None, subject.tokens(2, 5), 2) < 10
+    subject.read(None, subject.tokens(1, 5), None)
+    assert lengths == [2, 2, 1, 5]
+
+
+@pytest.mark.parametrize("benchmark", [decode, prefill])
+def test_progress_ends_at_the_number_of_runs(folder, benchmark):
+    subject = contest(folder, rounds=2, tokens=2, contexts=(8, 12), caches=CACHES)
+    calls = []
+    rows = benchmark.measure(subject, lambda: calls.append(1))
+    assert len(calls) == benchmark.runs(subject.options)
+    assert [(row.context, row.cache) for row in rows] == [(context, name) for context in (8, 12) for name in CACHES]
+
+
+def test_defaults_are_each_benchmark_s():
+    prefill, decode = BenchOptions.of("prefill", model="m"), BenchOptions.of("decode", model="m", rounds=2, contexts=[])
+    assert (prefill.rounds, prefill.chunk, prefill.caches) == (5, None, ("dynamic", "policy", "less"))
+    assert (decode.rounds, decode.tokens, decode.chunk, decode.caches) == (2, 16, 512, USUAL)
+    given = BenchOptions.of("batch", model="m", memory=2**30, caches=["less", "static", "less"], contexts=[9, 8, 9])
+    assert (given.rounds, given.tokens, given.memory) == (3, 4, 2**30)
+    assert (given.caches, given.contexts) == (("static", "less"), (8, 9))
+
+
+TAKEN = {"batch": 2, "chunk": 8, "rounds": 1, "tokens": 1, "memory": 2**30}
+
+
+@pytest.mark.parametrize("benchmark", DEFAULTS)
+@pytest.mark.parametrize("option", TAKEN)
+def test_an_option_of_another_benchmark_is_refused(benchmark, option):
+    given = {"model": "m", option: TAKEN[option], **({"memory": 2**30} if benchmark == "batch" else {})}
+    if option in DEFAULTS[benchmark]:
+        assert getattr(BenchOptions.of(benchmark, **given), option) == TAKEN[option]
+        return
+    with pytest.raises(LESSError, match=rf"Expected --{option} with bench .* alone, got {TAKEN[option]} with {benchmark}"):
+        BenchOptions.of(benchmark, **given)
+
+
+def test_a_table_has_a_section_for_each_context():
+    @dataclasses.dataclass
+    class Row:
+        context: int
+        cache: str
+        size: float | None
+
+    rows = [Row(8, "dynamic", 1.25), Row(8, "less", None), Row(1024, "less", 3.0)]
+    made = table(rows, {"dynamic": "Full", "less": "LESS"}, {"size": lambda row: shown(row.size, ".1f")}, "Note.")
+    assert [list(column.cells) for column in made.columns] == [["8", "", "1,024"], ["Full", "LESS", "LESS"], ["1.2", "", "3.0"]]
+    assert [row.end_section for row in made.rows] == [False, True, True]
+    assert made.caption == "Note."
 
 
 def test_the_same_seed_gives_the_same_model_tokens_and_caches(folder):
     first, second = contest(folder), contest(folder)
-    for one, other in zip(first.contenders, second.contenders, strict=True):
+    for name in first.options.caches:
         with torch.no_grad():
-            filled, again = (each.fill(who, 20, 1) for each, who in ((first, one), (second, other)))
-        assert torch.equal(filled.layers[1].keys, again.layers[1].keys), one.name
+            filled, again = (each.fill(name, 20, 1) for each in (first, second))
+        assert torch.equal(filled.layers[1].keys, again.layers[1].keys), name
     assert not torch.equal(first.tokens(1, 20), contest(folder, seed=1).tokens(1, 20))
 
 
 @pytest.mark.parametrize("policy", ["h2o", "sink_recent"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_formula_gives_the_bytes_that_are_held(folder, policy, dtype):
-    subject = contest(folder, policy=policy, dtype=dtype, budget=0.25, batch=3, contexts=(32, 48))
+    subject = contest(folder, policy=policy, dtype=dtype, budget=0.25, batch=3, contexts=(32, 48), caches=CACHES)
     rows = memory.measure(subject, lambda: None)
     assert [(row.context, row.cache) for row in rows] == [(context, name) for context in (32, 48) for name in CACHES]
     for row in rows:
@@ -104,12 +196,13 @@ class FakePeak:
 def test_the_largest_batch_is_one_that_was_seen_to_fit(folder, has, expected):
     """Room for 100 by the cache's bytes, for 50 with working memory; `has`: the machine's memory."""
     subject = contest(folder, memory=600_000)
+    subject.weights = 100_000
 
-    def decoding(contest, contender, context, count):
+    def decoding(contest, name, context, count):
         return lambda: setattr(FakePeak, "batch", count)
 
     with mock.patch.multiple(batch, PeakMemory=FakePeak, memory=lambda device: has, _decoding=decoding):
-        largest, peak = batch._largest(subject, subject.contenders[0], 32, computed=100, weights=100_000)
+        largest, peak = batch._largest(subject, "dynamic", 32, computed=100)
     assert largest == expected
     assert peak == (None if expected is None else 600_000)
 
@@ -133,5 +226,5 @@ def test_a_peak_is_what_was_held_at_once():
 def test_the_bytes_of_a_cache_are_those_of_its_tensors(folder):
     subject = contest(folder)
     with torch.no_grad():
-        full = subject.fill(subject.contenders[0], 10, 1)
+        full = subject.fill("dynamic", 10, 1)
     assert cache_bytes(full) == 2 * 2 * 2 * 10 * 8 * 4  # layers, keys and values, KV heads, tokens, head dim, float32

@@ -122,7 +122,7 @@ def test_bench_ends_in_a_report_and_a_picture(benchmark, model, tmp_path):
         "decode": ("--rounds", 1, "--tokens", 2, "--batch", 2),
         "prefill": ("--rounds", 2, "--chunk", 16),
         "memory": ("--batch", 2),
-        "batch": ("--rounds", 1, "--tokens", 1, "--memory", "1MiB", "--cache", "dynamic", "--cache", "less"),
+        "batch": ("--rounds", 1, "--tokens", 1, "--memory", "1MiB", "--cache", "less", "--cache", "less_static"),
     }[benchmark]
     report_file, picture = tmp_path / "report.json", tmp_path / "picture.png"
     files = ("--output", report_file, "--plot", picture)
@@ -137,11 +137,28 @@ def test_bench_ends_in_a_report_and_a_picture(benchmark, model, tmp_path):
         "decode": ["dynamic", "static", "policy", "less"],
         "prefill": ["dynamic", "policy", "less"],
         "memory": ["dynamic", "static", "policy", "less"],
-        "batch": ["dynamic", "less"],
+        "batch": ["less", "less_static"],
     }[benchmark]
     assert [(row["context"], row["cache"]) for row in report["results"]] == [(c, name) for c in contexts for name in caches]
-    assert "DynamicCache" in result.stderr and "LESS on h2o" in result.stderr
+    assert set(report["labels"]) == set(caches) == set(report["caches"])
+    for label in report["labels"].values():
+        assert label in result.stderr
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_bench_describes_each_benchmark():
+    result = run("bench", "--help")
+    assert result.exit_code == 0
+    for words in ("decode: milliseconds a token", "prefill: seconds", "memory: bytes of the cache", "batch: the largest batch"):
+        assert words in result.output
+
+
+def test_a_report_names_no_folders(model, tmp_path):
+    tiny.tiny_kernels(tiny.tiny_llama()).save_pretrained(tmp_path / "kernels")
+    result = run("bench", "memory", model, "--kernels", tmp_path / "kernels", "--context", 8, "--cache", "less")
+    report = json.loads(result.stdout)
+    assert (report["model"], report["kernels"]) == ("model", "kernels") and str(tmp_path) not in result.stdout
+    assert report["kernels_sha256"] == LESSKernels.from_pretrained(tmp_path / "kernels").config.sha256
 
 
 BAD = {
@@ -161,6 +178,21 @@ BAD = {
     "benched policy": (("bench", "prefill", "MODEL", "--policy", "h3o"), "h3o"),
     "benched memory": (("bench", "batch", "MODEL", "--memory", "0.01MiB"), "the weights"),
     "benched model": (("bench", "memory", "./absent", "--random"), "absent"),
+    "benchmark": (("bench", "speed", "MODEL"), "one of decode, prefill, memory, batch, got 'speed'"),
+    "batch without memory": (("bench", "batch", "MODEL"), "Expected --memory"),
+    "memory without batch": (("bench", "decode", "MODEL", "--memory", "1GiB"), "Expected --memory with bench batch alone"),
+    "benched device": (("bench", "decode", "MODEL", "--random", "--device", "abacus"), "'abacus'"),
+    "benched kind": (("bench", "memory", "vit", "--random"), "Expected a causal language model"),
+    "benched output": (("bench", "decode", "./absent", "--output", "TEXT/x.json"), "cannot be written"),
+    "benched plot": (("bench", "decode", "./absent", "--plot", "."), "which is a folder"),
+    "evaluated output": (
+        ("eval", "perplexity", "./absent", "--data", "TEXT", "--budget", "8", "--output", "TEXT/x.json"),
+        "cannot be written",
+    ),
+    "evaluated plot": (
+        ("eval", "perplexity", "./absent", "--data", "TEXT", "--budget", "8", "--plot", "."),
+        "which is a folder",
+    ),
     "too much text": (("eval", "perplexity", "MODEL", "--data", "TEXT", "--budget", "8"), "got 680 tokens"),
 }
 
@@ -169,7 +201,7 @@ BAD = {
 def test_bad_input_ends_in_one_line(name, model, text, tmp_path):
     arguments, said = BAD[name]
     folders = {"MODEL": model, "TEXT": text, "OUT": tmp_path / "out"}
-    result = run(*(folders.get(argument, argument) for argument in arguments))
+    result = run(*(folders.get(argument, argument.replace("TEXT/", f"{text}/")) for argument in arguments))
     assert result.exit_code == 1
     *before, last = result.stderr.strip().splitlines()
     assert last.startswith("error: ") and said in last

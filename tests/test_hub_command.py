@@ -167,14 +167,14 @@ def test_bad_input_ends_in_one_line(folder, arguments, said):
 
 @pytest.fixture
 def recipe(model, text, tmp_path, monkeypatch):  # noqa: F811
-    """The recipe on a tiny model: `recipe(report)` is its exit code."""
+    """The recipe on a tiny model: `recipe(*options)` is its exit code."""
     pytest.importorskip("matplotlib", reason="less-cache train needs the extra")
     steps = "--layerwise-steps 1 --joint-steps 1 --prompt-length 40 --sequences 2 --batch-size 1 --hidden-size 4"
-    trained = ["--base-model", "org/tiny", "--train-data", text, "--train-options", steps, "--license", "mit"]
+    trained = ["--train-data", text, "--train-options", steps, "--license", "mit"]
     measured = ["--budget", "8", "--budget", "12", "--sequences", "2", "--prompt-length", "40", "--decoded", "8"]
 
-    def run_recipe(report: Path) -> int:
-        words = ["publish.py", model, tmp_path / "tiny-h2o", REPO, *trained, "--report", f"austen={report}", *measured]
+    def run_recipe(*options) -> int:
+        words = ["publish.py", model, tmp_path / "tiny-h2o", REPO, *trained, *measured, *options]
         monkeypatch.setattr(sys, "argv", [str(word) for word in words])
         with pytest.raises(SystemExit) as ended:
             runpy.run_path(str(RECIPE), run_name="__main__")
@@ -183,21 +183,44 @@ def recipe(model, text, tmp_path, monkeypatch):  # noqa: F811
     return run_recipe
 
 
-def test_recipe(hub, recipe, text, tmp_path, capsys):  # noqa: F811
+def test_recipe(hub, recipe, text, tmp_path, capsys, monkeypatch):  # noqa: F811
     """Train, store, measure, describe, verify: a folder that is ready to publish, and nothing was sent."""
     folder = tmp_path / "tiny-h2o"
-    assert recipe(text) == 0
+    (tmp_path / "other.txt").write_text(text.read_text())
+    reports = [word for name in ("austen=text.txt", "two=text.txt", "two=other.txt") for word in ("--report", name)]
+    monkeypatch.chdir(tmp_path)
+    assert recipe("--base-model", "org/tiny", *reports) == 0
     printed = capsys.readouterr().out
     steps = [line.split()[2] for line in printed.splitlines() if line.startswith("$ ")]
-    assert steps == ["train", "eval", "card", "verify", "push"]
+    assert steps == ["train", "eval", "eval", "card", "verify", "push"]
     assert set(contents_below(folder)) == PUBLISHED | {card.PLOT_NAME}
     kernels = LESSKernels.from_pretrained(folder)
     assert kernels.config.base_model == "org/tiny" and len(kernels.config.metrics["austen"]["results"]) == 2
+    assert [kernels.config.metrics[name]["data"] for name in ("austen", "two")] == [["text.txt"], ["text.txt", "other.txt"]]
     assert f"less-cache push {folder} {REPO}" in printed and not hub.log
 
 
-def test_recipe_ends_where_a_step_fails(recipe, tmp_path, capsys):
-    assert recipe(tmp_path / "absent.txt") == 1
+def test_recipe_ends_where_a_step_fails(recipe, text, capsys):  # noqa: F811
+    assert recipe("--base-model", "org/tiny", "--report", f"austen={text}", "--decoded", "9999") == 1
     printed = capsys.readouterr()
     assert "$ less-cache eval" in printed.out and "$ less-cache card" not in printed.out
-    assert "error: Expected a text file" in printed.err
+    assert "got 680 tokens" in printed.err
+
+
+BAD_RECIPES = {
+    "no text": (("--base-model", "org/tiny", "--report", "austen=absent.txt"), "got 'austen=absent.txt'"),
+    "no name": (("--base-model", "org/tiny", "--report", "absent.txt"), "got 'absent.txt'"),
+    "no base model": (("--report", "austen=TEXT"), "expected a Hub id"),
+    "no Hub id": (("--base-model", "tiny", "--report", "austen=TEXT"), "got 'tiny'"),
+    "budget": (("--base-model", "org/tiny", "--report", "austen=TEXT", "--budget", "1.5"), "got 1.5"),
+    "policy": (("--base-model", "org/tiny", "--report", "austen=TEXT", "--policy", "h3o"), "h3o"),
+}
+
+
+@pytest.mark.parametrize("options, said", BAD_RECIPES.values(), ids=BAD_RECIPES)
+def test_recipe_checks_before_it_trains(recipe, text, options, said, capsys, monkeypatch):  # noqa: F811
+    monkeypatch.setenv("COLUMNS", "300")  # one line
+    monkeypatch.chdir(text.parent)
+    assert recipe(*(option.replace("TEXT", "text.txt") for option in options)) == 2
+    printed = capsys.readouterr()
+    assert "$ less-cache" not in printed.out and said in printed.err

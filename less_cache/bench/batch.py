@@ -1,17 +1,15 @@
 """The largest batch that fits into a given memory, and how fast it decodes."""
 
 import dataclasses
-import time
 from collections.abc import Callable
 
 import torch
-from rich import box
-from rich.table import Table
 
-from less_cache.bench.contenders import Contender, Contest
-from less_cache.bench.machine import memory, synchronize
+from less_cache.bench.contenders import Contest
+from less_cache.bench.machine import memory
 from less_cache.bench.options import BenchOptions
 from less_cache.bench.peak import PeakMemory
+from less_cache.bench.table import shown
 from less_cache.bench.timing import Spread, alternate
 from less_cache.evaluation.perplexity import cache_bytes
 
@@ -56,6 +54,16 @@ class BatchRow:
     ratio: float | None = None
 
 
+COLUMNS: dict[str, Callable[[BatchRow], str]] = {
+    "MiB each": lambda row: f"{row.bytes_per_sequence / 2**20:,.2f}",
+    "by bytes": lambda row: f"{row.computed:,}",
+    "runs": lambda row: shown(row.largest, ","),
+    "peak GiB": lambda row: shown(row.peak_bytes and row.peak_bytes / 2**30, ",.2f"),
+    "tokens/s": lambda row: f"{row.points[-1].tokens_per_second.median:,.1f}" if row.points else "",
+    "ratio": lambda row: shown(row.ratio, ".2f"),
+}
+
+
 def runs(options: BenchOptions) -> int | None:
     """How often `measure` calls `advance`: it depends on what fits."""
     return None
@@ -65,18 +73,17 @@ def runs(options: BenchOptions) -> int | None:
 def measure(contest: Contest, advance: Callable[[], object]) -> list[BatchRow]:
     """Compute the largest batch of each cache, run it, and time the batches up to it."""
     options, rows = contest.options, []
-    weights = contest.weights
     for context in options.contexts:
         found = {}
-        for contender in contest.contenders:
-            one = cache_bytes(contest.fill(contender, context, 1, more=options.tokens))
-            computed = (options.memory - weights) // one
-            found[contender.name] = (one, computed, *_largest(contest, contender, context, computed, weights))
+        for name in options.caches:
+            one = cache_bytes(contest.fill(name, context, 1, more=options.tokens))
+            computed = (options.memory - contest.weights) // one
+            found[name] = (one, computed, *_largest(contest, name, context, computed))
             advance()
         contestants = {
-            (contender.name, batch): _decoding(contest, contender, context, batch)
-            for contender in contest.contenders
-            for batch in _sizes(found[contender.name][2])
+            (name, batch): _decoding(contest, name, context, batch)
+            for name in options.caches
+            for batch in _sizes(found[name][2])
         }
         results = alternate(contestants, options.rounds, advance)
         measured = []
@@ -100,11 +107,9 @@ def _sizes(largest: int | None) -> list[int]:
     return [*sizes, largest] if largest else []
 
 
-def _largest(
-    contest: Contest, contender: Contender, context: int, computed: int, weights: int
-) -> tuple[int | None, int | None]:
+def _largest(contest: Contest, name: str, context: int, computed: int) -> tuple[int | None, int | None]:
     """The largest batch up to `computed` that decodes within the memory, and the bytes it took at most; None: cannot tell."""
-    allowed, has = contest.options.memory, memory(contest.device)
+    allowed, has, weights = contest.options.memory, memory(contest.device), contest.weights
     batch = computed
     while batch > 0:
         if has is None or allowed > USABLE * has:
@@ -112,7 +117,7 @@ def _largest(
         peak = PeakMemory(contest.device)
         peak.start()
         try:
-            _decoding(contest, contender, context, batch)()
+            _decoding(contest, name, context, batch)()
         except torch.OutOfMemoryError:
             batch = batch * 9 // 10
             continue
@@ -123,43 +128,13 @@ def _largest(
     return None, None
 
 
-def _decoding(contest: Contest, contender: Contender, context: int, batch: int) -> Callable[[], float]:
+def _decoding(contest: Contest, name: str, context: int, batch: int) -> Callable[[], float]:
     options = contest.options
 
     def run() -> float:
-        cache = contest.fill(contender, context, batch, more=options.tokens + 1)
-        first, *tokens = contest.tokens(batch, options.tokens + 1).split(1, dim=1)
-        contender.forward(input_ids=first, past_key_values=cache)
-        synchronize(contest.device)
-        start = time.perf_counter()
-        for token in tokens:
-            contender.forward(input_ids=token, past_key_values=cache)
-        synchronize(contest.device)
-        return batch * options.tokens / (time.perf_counter() - start)
+        cache = contest.fill(name, context, batch, more=options.tokens + 1)
+        tokens = contest.tokens(batch, options.tokens + 1)
+        contest.read(cache, tokens[:, :1], 1)
+        return batch * options.tokens / contest.read(cache, tokens[:, 1:], 1)
 
     return run
-
-
-def table(rows: list[BatchRow], labels: dict[str, str]) -> Table:
-    """One line a cache and context."""
-    result = Table(box=box.SIMPLE_HEAD, caption=NOTE)
-    result.add_column("context", justify="right")
-    result.add_column("cache", no_wrap=True)
-    for name in ("MiB each", "by bytes", "runs", "peak GiB", "tokens/s", "ratio"):
-        result.add_column(name, justify="right")
-    context = None
-    for row in rows:
-        if context not in (None, row.context):
-            result.add_section()
-        result.add_row(
-            "" if row.context == context else f"{row.context:,}",
-            labels[row.cache],
-            f"{row.bytes_per_sequence / 2**20:,.2f}",
-            f"{row.computed:,}",
-            "" if row.largest is None else f"{row.largest:,}",
-            "" if row.peak_bytes is None else f"{row.peak_bytes / 2**30:,.2f}",
-            f"{row.points[-1].tokens_per_second.median:,.1f}" if row.points else "",
-            "" if row.ratio is None else f"{row.ratio:.2f}",
-        )
-        context = row.context
-    return result

@@ -1,22 +1,24 @@
 """What `less-cache bench` does: one table and one line of JSON."""
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress
 
-from less_cache.bench import batch, decode, machine, memory, prefill
+from less_cache import outputs
+from less_cache.bench import batch, decode, machine, memory, plot, prefill
 from less_cache.bench.contenders import Contest
 from less_cache.bench.options import BenchOptions
+from less_cache.bench.table import table
 
 BENCHMARKS: dict[str, Any] = {"decode": decode, "prefill": prefill, "memory": memory, "batch": batch}
 
 
 def run(benchmark: str, options: BenchOptions, output: Path | None, picture: Path | None) -> None:
     """Measure, then print the table, and all of it as one JSON line; draw `picture` from that."""
+    outputs.check(output, picture)
     console = Console(highlight=False, stderr=True)
     module = BENCHMARKS[benchmark]
     contest = Contest(options)
@@ -28,24 +30,24 @@ def run(benchmark: str, options: BenchOptions, output: Path | None, picture: Pat
         "static": "StaticCache",
         "policy": f"{options.policy} alone",
         "less": f"LESS on {options.policy}",
+        "less_static": f"LESS on {options.policy}, static",
     }
     labels = {name: label for name, label in labels.items() if name in options.caches}
-    console.print(module.table(rows, labels))
+    console.print(table(rows, labels, module.COLUMNS, module.NOTE))
     report = {
         "benchmark": benchmark,
         **dataclasses.asdict(options),
-        "model": Path(options.model).name if Path(options.model).exists() else options.model,
-        "kernels_sha256": contest.kernels.config.sha256,
+        "model": _without_folder(options.model),
+        "kernels": None if options.kernels is None else _without_folder(options.kernels),
+        "kernels_sha256": None if contest.kernels is None else contest.kernels.config.sha256,
         "parameters": sum(parameter.numel() for parameter in contest.model.parameters()),
         **machine.describe(contest.device),
         "labels": labels,
         "results": [dataclasses.asdict(row) for row in rows],
     }
-    line = json.dumps(report)
-    print(line)
-    if output is not None:
-        output.write_text(line + "\n")
-    if picture is not None:
-        from less_cache.bench import plot
+    outputs.finish(report, output, picture, plot.draw)
 
-        plot.draw(json.loads(line), picture)
+
+def _without_folder(source: str) -> str:
+    """A Hub id as it is; of a path its last part, as a report goes to others."""
+    return Path(source).absolute().name if Path(source).exists() else source

@@ -4,13 +4,14 @@ Axes: `b` sequences, `n` tokens, `g` KV heads, `d` head dim.
 """
 
 import dataclasses
-from collections.abc import Callable
+import time
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, Cache, DynamicCache, PreTrainedModel, StaticCache
 
 from less_cache import models
+from less_cache.bench.machine import synchronize
 from less_cache.bench.options import BenchOptions
 from less_cache.cache import LESSCache
 from less_cache.config import LESSConfig
@@ -21,48 +22,38 @@ from less_cache.policies import EvictionPolicy, policy_class
 from less_cache.training.options import TrainingOptions
 
 
-@dataclasses.dataclass(frozen=True)
-class Contender:
-    """One kind of cache.
-
-    Args:
-        name: One of `CACHES`.
-        make: An empty cache, given the tokens of the context and those to come after it.
-        forward: Called as the model is: the model itself, or a compiled form of it.
-    """
-
-    name: str
-    make: Callable[[int, int], Cache]
-    forward: Callable[..., Any]
-
-
 class Contest:
-    """A model, a policy and kernels, and the caches of `options.caches` on them. `weights`: bytes of the model."""
+    """A model, a policy and kernels, and the caches of `options.caches` on them.
+
+    `weights`: bytes of the model. `kernels`: None where LESS is not among the caches.
+    """
 
     def __init__(self, options: BenchOptions):
         if options.threads is not None:
             torch.set_num_threads(options.threads)
         self.options = options
-        self.device = torch.device(options.device)
+        self.device = device(options.device)
+        with_less = any(name.startswith("less") for name in options.caches)
+        given = LESSKernels.from_pretrained(options.kernels) if with_less and options.kernels is not None else None
         self.model = load(options)
         self.weights = sum(parameter.nbytes for parameter in self.model.parameters())
         if 0 < options.memory <= self.weights:
             raise LESSError(f"Expected --memory to be above the {self.weights:,} bytes of the weights, got {options.memory:,}.")
-        given = options.kernels
-        kernels = random_kernels(self.model, options.seed) if given is None else LESSKernels.from_pretrained(given)
-        self.kernels = kernels.to(self.device)
+        kernels = given or (random_kernels(self.model, options.seed) if with_less else None)
+        self.kernels = None if kernels is None else kernels.to(self.device)
         self.generator = torch.Generator(self.device).manual_seed(options.seed)
+        for name in options.caches:
+            self.make(name, max(options.contexts))  # one that cannot be made is reported before anything is measured
 
-    @property
-    def contenders(self) -> list[Contender]:
+    def make(self, name: str, context: int, more: int = 0) -> Cache:
+        """An empty cache of `CACHES` for `context` tokens, and `more` to come after them."""
         config = self.model.config
-        made: dict[str, Callable[[int, int], Cache]] = {
-            "dynamic": lambda context, more: DynamicCache(config=config),
-            "static": lambda context, more: StaticCache(config=config, max_cache_len=context + more),
-            "policy": lambda context, more: LESSCache(config, policy=self.policy(context)),
-            "less": lambda context, more: LESSCache(config, policy=self.policy(context), kernels=self.kernels),
-        }
-        return [Contender(name, make, self.model) for name, make in made.items() if name in self.options.caches]
+        if name == "dynamic":
+            return DynamicCache(config=config)
+        if name == "static":
+            return StaticCache(config=config, max_cache_len=context + more)
+        kernels = None if name == "policy" else self.kernels
+        return LESSCache(config, policy=self.policy(context), kernels=kernels, static=name == "less_static")
 
     def policy(self, context: int) -> EvictionPolicy:
         """The policy with the budget at a context, in tokens."""
@@ -73,24 +64,29 @@ class Contest:
         vocabulary = self.model.config.get_text_config(decoder=True).vocab_size
         return torch.randint(vocabulary, (batch, count), generator=self.generator, device=self.device)
 
-    def read(self, contender: Contender, cache: Cache, tokens: torch.Tensor, chunk: int | None) -> None:
-        """Feed `tokens` `[b, n]` to the cache, `chunk` at once."""
-        for part in tokens.split(chunk or tokens.shape[1], dim=1):
-            contender.forward(input_ids=part, past_key_values=cache, logits_to_keep=1)
+    def read(self, cache: Cache, tokens: torch.Tensor, chunk: int | None) -> float:
+        """Feed `tokens` `[b, n]` to the cache, `chunk` at once; seconds that it took. Not compiled, whatever the cache."""
+        parts = tokens.split(chunk or tokens.shape[1], dim=1)
+        synchronize(self.device)
+        start = time.perf_counter()
+        for part in parts:
+            self.model(input_ids=part, past_key_values=cache, logits_to_keep=1)
+        synchronize(self.device)
+        return time.perf_counter() - start
 
-    def fill(self, contender: Contender, context: int, batch: int, more: int = 0) -> Cache:
+    def fill(self, name: str, context: int, batch: int, more: int = 0) -> Cache:
         """A cache that holds `context` tokens of `batch` sequences, with room for `more`.
 
         A full cache gets random keys and values, as speed does not depend on them. A LESSCache reads one text in chunks,
         then holds it `batch` times.
         """
-        cache = contender.make(context, more)
+        cache = self.make(name, context, more)
         if isinstance(cache, LESSCache):
-            self.read(contender, cache, self.tokens(1, context), self.options.chunk)
+            self.read(cache, self.tokens(1, context), self.options.chunk)
             if batch > 1:
                 cache.batch_repeat_interleave(batch)
             return cache
-        self.read(contender, cache, self.tokens(batch, 1), None)  # for the shapes
+        self.read(cache, self.tokens(batch, 1), None)  # for the shapes
         layers: list[Any] = cache.layers
         for index, layer in enumerate(layers):
             keys, values = (getattr(layer, name, None) for name in ("keys", "values"))
@@ -103,6 +99,14 @@ class Contest:
         """Random states `[b, g, n, d]` for `count` tokens."""
         b, g, _, d = states.shape
         return torch.empty(b, g, count, d, dtype=states.dtype, device=states.device).normal_(generator=self.generator)
+
+
+def device(name: str) -> torch.device:
+    """A device of this machine."""
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # no such kind, none here, or a torch without it
+        raise LESSError(f"Expected --device to be one that torch finds here, such as cpu or cuda, got {name!r}.") from error
 
 
 def load(options: BenchOptions) -> PreTrainedModel:
@@ -122,8 +126,13 @@ def load(options: BenchOptions) -> PreTrainedModel:
                 f"Expected --random with a model type such as llama, a folder, a .gguf file or a Hub id, got {options.model!r}."
             ) from error
     torch.manual_seed(options.seed)
-    with torch.device(options.device):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    try:
+        with torch.device(options.device):
+            return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    except ValueError as error:
+        raise LESSError(
+            f"Expected a causal language model such as llama, got {options.model!r} ({config.model_type})."
+        ) from error
 
 
 def random_kernels(model: PreTrainedModel, seed: int) -> LESSKernels:

@@ -7,11 +7,10 @@ import dataclasses
 from collections.abc import Callable
 
 import torch
-from rich import box
-from rich.table import Table
 
 from less_cache.bench.contenders import Contest
 from less_cache.bench.options import BenchOptions
+from less_cache.bench.table import shown
 from less_cache.evaluation.perplexity import cache_bytes
 from less_cache.families import full_attention_layers, geometry
 
@@ -33,6 +32,13 @@ class MemoryRow:
     ratio: float | None
 
 
+COLUMNS: dict[str, Callable[[MemoryRow], str]] = {
+    "bytes": lambda row: f"{row.bytes:,}",
+    "formula": lambda row: shown(row.formula, ","),
+    "ratio": lambda row: shown(row.ratio, ".3f"),
+}
+
+
 def runs(options: BenchOptions) -> int:
     """How often `measure` calls `advance`."""
     return len(options.contexts) * len(options.caches)
@@ -44,8 +50,8 @@ def measure(contest: Contest, advance: Callable[[], object]) -> list[MemoryRow]:
     rows = []
     for context in contest.options.contexts:
         held = {}
-        for contender in contest.contenders:
-            held[contender.name] = cache_bytes(contest.fill(contender, context, contest.options.batch))
+        for name in contest.options.caches:
+            held[name] = cache_bytes(contest.fill(name, context, contest.options.batch))
             advance()
         for name, count in held.items():
             ratio = count / held["dynamic"] if "dynamic" in held else None
@@ -69,26 +75,7 @@ def formula(contest: Contest, name: str, context: int) -> int | None:
         return None
     c, f = int(capacity) + 1, counts.shape[1]
     total = layers * b * (g * c * (2 * i * d + 8) + 8 * f + 9)
-    if name == "less":
+    if name != "policy" and contest.kernels is not None:
         memories = (contest.kernels.for_layer(index) for index in contest.kernels.config.layers or [])
         total += sum(4 * b * g * memory.num_virtual_tokens * (d + memory.extra_dims + 1) for memory in memories)
     return total
-
-
-def table(rows: list[MemoryRow], labels: dict[str, str]) -> Table:
-    """One line a cache and context."""
-    result = Table(box=box.SIMPLE_HEAD, caption=NOTE)
-    result.add_column("context", justify="right")
-    result.add_column("cache", no_wrap=True)
-    for name in ("bytes", "formula", "ratio"):
-        result.add_column(name, justify="right")
-    context = None
-    for row in rows:
-        if context not in (None, row.context):
-            result.add_section()
-        ratio = "" if row.ratio is None else f"{row.ratio:.3f}"
-        expected = "" if row.formula is None else f"{row.formula:,}"
-        shown = "" if row.context == context else f"{row.context:,}"
-        result.add_row(shown, labels[row.cache], f"{row.bytes:,}", expected, ratio)
-        context = row.context
-    return result

@@ -1,11 +1,23 @@
 """What is measured, and how."""
 
 import dataclasses
+from typing import Any
 
 from less_cache.errors import LESSError
 from less_cache.policies import policy_class
 
-CACHES = ("dynamic", "static", "policy", "less")  # by these names in the reports; the first is what others are compared with
+# By these names in the reports; the first is what others are compared with.
+CACHES = ("dynamic", "static", "policy", "less", "less_static")
+
+# What a benchmark takes beside the options of all, with its defaults. Static LESS is measured where it is asked for: its layers
+# refuse some policies and models. Static caches read a prompt as the others do.
+USUAL = ("dynamic", "static", "policy", "less")
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "decode": {"caches": USUAL, "batch": 1, "chunk": 512, "rounds": 7, "tokens": 16},
+    "prefill": {"caches": ("dynamic", "policy", "less"), "batch": 1, "chunk": None, "rounds": 5},
+    "memory": {"caches": USUAL, "batch": 1, "chunk": 512},
+    "batch": {"caches": USUAL, "memory": 0, "chunk": 512, "rounds": 3, "tokens": 4},
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +48,7 @@ class BenchOptions:
     kernels: str | None = None
     policy: str = "h2o"
     budget: int | float = 0.05
-    caches: tuple[str, ...] = CACHES
+    caches: tuple[str, ...] = USUAL
     contexts: tuple[int, ...] = (512, 2048)
     batch: int = 1
     chunk: int | None = None
@@ -47,6 +59,26 @@ class BenchOptions:
     tokens: int = 16
     memory: int = 0
     seed: int = 0
+
+    @classmethod
+    def of(cls, benchmark: str, **given: Any) -> "BenchOptions":
+        """The options of a benchmark, with its defaults for those that are None. `LESSError` for one that it does not take."""
+        if benchmark not in DEFAULTS:
+            raise LESSError(f"Expected BENCHMARK to be one of {', '.join(DEFAULTS)}, got {benchmark!r}.")
+        given = {name: value for name, value in given.items() if value not in (None, [])}
+        for name, value in given.items():
+            takers = [other for other, defaults in DEFAULTS.items() if name in defaults]
+            if takers and benchmark not in takers:
+                raise LESSError(
+                    f"Expected --{name} with bench {', '.join(takers)} alone, got {value} with {benchmark}. Leave it out."
+                )
+        values = {**DEFAULTS[benchmark], **given}
+        values["caches"] = tuple(sorted(set(values["caches"]), key=(*CACHES, *values["caches"]).index))
+        values["contexts"] = tuple(sorted(set(values.get("contexts", cls.contexts))))
+        options = cls(**values)
+        if benchmark == "batch" and options.memory <= 0:
+            raise LESSError("Expected --memory with bench batch, such as 16GiB: what weights and caches may take; got none.")
+        return options
 
     def __post_init__(self) -> None:
         policy_class(self.policy).from_budget(self.budget)

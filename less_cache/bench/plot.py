@@ -1,53 +1,58 @@
-"""Pictures of a report, from its JSON."""
+"""A plot of a report, from its JSON."""
 
-from pathlib import Path
 from typing import Any
 
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from less_cache import plots
 
-COLORS = {"dynamic": "black", "static": "tab:gray", "policy": "tab:orange", "less": "tab:blue"}
+STYLES: dict[str, dict[str, Any]] = {  # static caches dashed: they often lie on the others
+    "dynamic": {"color": "black"},
+    "static": {"color": "tab:gray", "linestyle": "--"},
+    "policy": {"color": "tab:orange"},
+    "less": {"color": "tab:blue"},
+    "less_static": {"color": "tab:cyan", "linestyle": "--"},
+}
 
 
-def draw(report: dict[str, Any], picture: Path) -> None:
+def draw(report: dict[str, Any]) -> Any:
     """Against the context: time and bytes; against the batch: throughput, a panel a context."""
     panels = PANELS[report["benchmark"]]
     contexts = sorted({row["context"] for row in report["results"]})
     columns = contexts if panels is None else panels
-    figure = Figure(figsize=(5 * len(columns), 3.8), layout="constrained")
-    for axes, column in zip(figure.subplots(1, len(columns), squeeze=False)[0], columns, strict=True):
+    figure, drawn = plots.figure(len(columns))
+    for axes, column in zip(drawn, columns, strict=True):
         if panels is None:
             _throughput(axes, report, column)
         else:
             _against_context(axes, report, *column)
         axes.grid(alpha=0.3, which="both")
-        axes.legend()
+    named = {text: line for axes in drawn for line, text in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=3 * len(columns) - 1)
     title = f"{report['model']}, {report['dtype']}, {report['machine'].get('gpu') or report['machine']['cpu']}"
     figure.suptitle(f"{title}, budget {report['budget']}, batch {report['batch']}" if panels else title, fontsize=9)
-    figure.savefig(picture, dpi=120)
+    return figure
 
 
 # Field of a row, label of its axis, unit; a spread is drawn with its quartiles.
 PANELS: dict[str, list[tuple[str, str, float]] | None] = {
     "decode": [("ms_per_token", "ms a token", 1), ("bytes", "cache, MiB", 2**20)],
-    "prefill": [("seconds", "seconds", 1), ("peak_bytes", "peak memory above the weights, MiB", 2**20)],
+    "prefill": [("seconds", "seconds", 1), ("peak_bytes", "peak above the weights, MiB", 2**20)],
     "memory": [("bytes", "cache, MiB", 2**20)],
     "batch": None,
 }
 
 
-def _against_context(axes: Axes, report: dict[str, Any], field: str, label: str, unit: float) -> None:
+def _against_context(axes: Any, report: dict[str, Any], field: str, label: str, unit: float) -> None:
     for name, text in report["labels"].items():
         rows = [row for row in report["results"] if row["cache"] == name and row[field] is not None]
         if not rows:
             continue
         contexts = [row["context"] for row in rows]
         if isinstance(rows[0][field], dict):
-            _spread(axes, contexts, [row[field] for row in rows], text, COLORS[name])
+            _spread(axes, contexts, [row[field] for row in rows], text, STYLES[name])
         else:
-            axes.plot(contexts, [row[field] / unit for row in rows], marker="o", markersize=4, label=text, color=COLORS[name])
+            axes.plot(contexts, [row[field] / unit for row in rows], marker="o", markersize=4, label=text, **STYLES[name])
         if formula := [(row["context"], row["formula"] / unit) for row in rows if row.get("formula")]:
-            axes.plot(*zip(*formula, strict=True), linestyle="none", marker="x", markersize=9, color=COLORS[name])
+            axes.plot(*zip(*formula, strict=True), linestyle="none", marker="x", markersize=9, color=STYLES[name]["color"])
     axes.set(xlabel="tokens", ylabel=label, xscale="log")
     if unit == 1:
         axes.set_ylim(bottom=0)
@@ -55,22 +60,21 @@ def _against_context(axes: Axes, report: dict[str, Any], field: str, label: str,
         axes.set_yscale("log")
     contexts = sorted({row["context"] for row in report["results"]})
     axes.set_xticks(contexts, [f"{context:,}" for context in contexts])
-    axes.minorticks_off()
+    axes.set_xticks([], minor=True)
 
 
-def _throughput(axes: Axes, report: dict[str, Any], context: int) -> None:
+def _throughput(axes: Any, report: dict[str, Any], context: int) -> None:
     for row in report["results"]:
         if row["context"] == context and row["points"]:
             batches, spreads = zip(*((point["batch"], point["tokens_per_second"]) for point in row["points"]), strict=True)
-            _spread(axes, list(batches), list(spreads), report["labels"][row["cache"]], COLORS[row["cache"]])
+            _spread(axes, list(batches), list(spreads), report["labels"][row["cache"]], STYLES[row["cache"]])
     axes.set(xlabel="batch", ylabel="tokens a second", xscale="log", yscale="log", title=f"{context:,} tokens each")
 
 
-def _spread(axes: Axes, places: list[int], spreads: list[dict[str, float]], text: str, color: str) -> None:
+def _spread(axes: Any, places: list[int], spreads: list[dict[str, float]], text: str, style: dict[str, Any]) -> None:
     """Medians with their quartiles."""
     medians = [spread["median"] for spread in spreads]
     below = [spread["median"] - spread["lower"] for spread in spreads]
     above = [spread["upper"] - spread["median"] for spread in spreads]
-    axes.errorbar(
-        places, medians, yerr=[below, above], marker="o", markersize=4, capsize=3, linewidth=1.2, label=text, color=color
-    )
+    drawn = {"marker": "o", "markersize": 4, "capsize": 3, "linewidth": 1.2}
+    axes.errorbar(places, medians, yerr=[below, above], label=text, **drawn, **style)

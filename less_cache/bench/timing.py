@@ -17,6 +17,11 @@ class Spread:
     lower: float
     upper: float
 
+    @property
+    def quartiles(self) -> str:
+        """In words."""
+        return f"{self.lower:.2f} … {self.upper:.2f}"
+
     @classmethod
     def of(cls, numbers: Sequence[float]) -> "Spread":
         if len(numbers) == 1:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 from pathlib import Path
 
 from rich import box
@@ -10,7 +9,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from less_cache import models
+from less_cache import models, outputs
 from less_cache.errors import LESSError
 from less_cache.evaluation.perplexity import Measurement, measure, stretches
 from less_cache.evaluation.plot import draw
@@ -33,6 +32,7 @@ def run(
     plot: Path | None,
 ) -> None:
     """Measure every budget on the same text; print a table each, then all of it as one JSON line."""
+    outputs.check(output, plot)
     console = Console(highlight=False, stderr=True)
     make = policy_class(policy_name).from_budget
     for budget in budgets:
@@ -66,12 +66,7 @@ def run(
         "less_cache": __version__,
         "results": results,
     }
-    line = json.dumps(report)
-    print(line)
-    if output is not None:
-        output.write_text(line + "\n")
-    if plot is not None:
-        plot.write_bytes(draw({", ".join(path.name for path in data): report}))
+    outputs.finish(report, output, plot, lambda report: draw({", ".join(report["data"]): report}))
 
 
 def table(title: str, rows: list[Measurement]) -> Table:

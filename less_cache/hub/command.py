@@ -4,7 +4,7 @@ import dataclasses
 import json
 from pathlib import Path
 
-from less_cache import models
+from less_cache import models, plots
 from less_cache.cache import LESSCache
 from less_cache.config import LESSConfig
 from less_cache.errors import LESSError
@@ -74,7 +74,7 @@ def write_card(folder: Path, reports: list[str], base_model: str | None, license
     if plot:
         if not card.reports(config):
             raise LESSError("The plot needs a report: pass --report NAME=FILE. Or pass --no-plot.")
-        image = {card.PLOT_NAME: draw(card.reports(config))}
+        image = {card.PLOT_NAME: plots.image(draw(card.reports(config)))}
     name = folder.name if folder.is_absolute() else folder.as_posix()
     companions = publish.companions(folder, config, name, license=license, plot=plot)
     files.replace(folder, {**image, **companions, files.CONFIG_NAME: config.to_json().encode()})

@@ -13,8 +13,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from less_cache import hub, models
+from less_cache import hub, models, plots
 from less_cache.errors import LESSError
+from less_cache.hub import files
 from less_cache.training import plot
 from less_cache.training.cost import Cost, estimate
 from less_cache.training.data import OWN, TokenSampler, hub_text, own_text, text_files, tokenize
@@ -37,6 +38,7 @@ def run(
 ) -> None:
     """Train, show how it goes, write kernels, log and plot into `output`. `dry_run`: only print what it will take."""
     console = Console(highlight=False)
+    plots.figure(1)  # without matplotlib nothing is trained that could not be drawn
     for source in filter(is_path, data):
         text_files(Path(source))  # a wrong path is reported before the model is loaded
     if (output / hub.CONFIG_NAME).exists():
@@ -60,8 +62,8 @@ def run(
     }
     kernels.save_pretrained(output)
     shutil.rmtree(output / WORK_NAME)
-    plot.draw(output / LOG_NAME, output / PLOT_NAME)
     log = json.loads((output / LOG_NAME).read_text())
+    files.replace(output, {PLOT_NAME: plots.image(plot.draw(log))})
     if log["layers"]:
         console.print(layer_table(log))
     console.print(f"Wrote {output}. Try it: less-cache demo --model {model_name} --kernels {output}")

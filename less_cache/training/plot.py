@@ -1,22 +1,19 @@
-"""A picture of a training run, from its log."""
+"""A plot of a training run, from its log."""
 
-import json
-from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
+from less_cache import plots
 
 SMOOTHED = 20  # steps that a point of the joint curve averages
 
 
-def draw(log_path: Path, picture: Path) -> None:
+def draw(log: dict[str, Any]) -> Any:
     """A panel for each stage that ran: what the first left of each layer's error, and the second one's loss."""
-    log = json.loads(log_path.read_text())
     stages = [(draw_stage, log[key]) for key, draw_stage in (("layers", draw_layers), ("joint", draw_joint)) if log[key]]
-    figure = Figure(figsize=(5 * max(1, len(stages)), 3.6), layout="constrained")
-    for index, (draw_stage, record) in enumerate(stages, start=1):
-        draw_stage(figure.add_subplot(1, len(stages), index), record)
-    figure.savefig(picture, dpi=120)
+    figure, panels = plots.figure(len(stages))
+    for axes, (draw_stage, record) in zip(panels, stages, strict=True):
+        draw_stage(axes, record)
+    return figure
 
 
 def draw_layers(axes: Any, records: list[dict]) -> None:
