@@ -245,6 +245,7 @@ def perplexity(
     prompt_length: Annotated[int, typer.Option(min=2, help="Tokens read at once at the start of each.")] = 512,
     decoded: Annotated[int, typer.Option(min=1, help="Tokens scored after the prompt, one by one.")] = 128,
     batch_size: Annotated[int, typer.Option(min=1, help="Sequences at once.")] = 8,
+    dtype: Annotated[str, typer.Option(help="Of the model's weights: float32, bfloat16 or float16.")] = "float32",
     output: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the JSON line here too.")] = None,
     plot: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Draw perplexity over bytes, such as perplexity.png.")
@@ -254,7 +255,7 @@ def perplexity(
     from less_cache.evaluation.command import run
 
     sizes = [parse_budget(budget) for budget in budgets]
-    run(model, kernels, policy, sizes, data, sequences, prompt_length, decoded, batch_size, output, plot)
+    run(model, kernels, policy, sizes, data, sequences, prompt_length, decoded, batch_size, dtype, output, plot)
 
 
 def parse_memory(text: str) -> int:

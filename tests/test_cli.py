@@ -83,11 +83,12 @@ def test_train_then_evaluate(model, text, tmp_path):
 
     lengths = ("--sequences", 2, "--prompt-length", 40, "--decoded", 8)
     budgets = ("--budget", 8, "--budget", 0.3)  # 30 % of 40
-    measured = ("--data", text, "--kernels", tmp_path / "kernels", *budgets, *lengths, "--plot", tmp_path / "plot.png")
+    measured = ("--data", text, "--kernels", tmp_path / "kernels", *budgets, *lengths, "--plot", tmp_path / "plot.png", "--dtype", "bfloat16")
     result = run("eval", "perplexity", model, *measured)
     assert result.exit_code == 0, result.output
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
     report = json.loads(result.stdout.splitlines()[-1])
+    assert report["dtype"] == "bfloat16"
     assert report["results"][0][0] == report["results"][1][0]  # the full cache is the same, and measured once
     assert [row["cache"] for row in report["results"][0]] == ["full", "policy", "baseline+", "baseline+", "untrained", "less"]
     assert report["results"][1][1]["policy"] == {"name": "h2o", "heavy": 6, "recent": 6}
@@ -172,6 +173,7 @@ BAD = {
     "training text": (("train", "MODEL", "--data", "absent.txt", "--output", "OUT"), "absent.txt"),
     "evaluated policy": (("eval", "perplexity", "MODEL", "--data", "TEXT", "--budget", "8", "--policy", "h3o"), "h3o"),
     "evaluated budget": (("eval", "perplexity", "MODEL", "--data", "TEXT", "--budget", "1.5"), "got 1.5"),
+    "evaluated type": (("eval", "perplexity", "MODEL", "--data", "TEXT", "--budget", "8", "--dtype", "int8"), "got 'int8'"),
     "evaluated text": (("eval", "perplexity", "MODEL", "--data", "absent.txt", "--budget", "8"), "absent.txt"),
     "benched cache": (("bench", "decode", "MODEL", "--cache", "paged"), "paged"),
     "benched dtype": (("bench", "memory", "MODEL", "--dtype", "int8"), "int8"),

@@ -239,7 +239,11 @@ def test_card_s_text():
     assert f'LESSCache.from_pretrained("{REPO}", model)' in text
     assert f'custom_generate="{REPO}", trust_remote_code=True, less_budget=128' in text
     assert "| less | heavy 19, recent 20 | 2.00 | 27.00 | 50% |" in text
-    assert "--budget 39 --sequences 16 --prompt-length 512 --decoded 128" in text
+    command = "--budget 39 --sequences 16 --prompt-length 512 --decoded 128"
+    assert command in text and "--dtype" not in text
+    kernels = publishable()
+    kernels.config.metrics = {"prose": {**REPORT, "dtype": "bfloat16"}}
+    assert f"{command} --dtype bfloat16" in render(kernels=kernels)
     assert "perplexity.png" in text and "perplexity.png" not in render()
     assert "prompts: [128, 512]" in text
 

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 from pathlib import Path
 
+import torch
 from rich import box
 from rich.console import Console
 from rich.progress import Progress
@@ -17,6 +18,8 @@ from less_cache.kernels import LESSKernels
 from less_cache.policies import policy_class
 from less_cache.version import __version__
 
+DTYPES = ("float32", "bfloat16", "float16")
+
 
 def run(
     model_name: str,
@@ -28,11 +31,14 @@ def run(
     prompt_length: int,
     decoded: int,
     batch_size: int,
+    dtype: str,
     output: Path | None,
     plot: Path | None,
 ) -> None:
     """Measure every budget on the same text; print a table each, then all of it as one JSON line."""
     outputs.check(output, plot)
+    if dtype not in DTYPES:
+        raise LESSError(f"Expected --dtype to be one of {', '.join(DTYPES)}, got {dtype!r}.")
     console = Console(highlight=False, stderr=True)
     make = policy_class(policy_name).from_budget
     for budget in budgets:
@@ -42,7 +48,7 @@ def run(
     for path in data:
         if not path.is_file():  # reported before the model is loaded
             raise LESSError(f"Expected a text file, got {path}, which does not exist.")
-    model, tokenizer = models.load(model_name)
+    model, tokenizer = models.load(model_name, dtype=getattr(torch, dtype))
     tokens = stretches(data, tokenizer, sequences, prompt_length + decoded)
     batches = -(-sequences // batch_size)
     results: list[list[dict]] = []
@@ -63,6 +69,7 @@ def run(
         "sequences": sequences,
         "prompt_length": prompt_length,
         "decoded": decoded,
+        "dtype": dtype,
         "less_cache": __version__,
         "results": results,
     }

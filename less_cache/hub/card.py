@@ -218,6 +218,8 @@ def _command(base: str, name: str, report: dict) -> list[str]:
     policy = report["results"][0][-1]["policy"]["name"]
     options = [f"--data {path}" for path in report["data"]] + [f"--budget {budget}" for budget in budgets]
     options += [f"--{key.replace('_', '-')} {report[key]}" for key in ("sequences", "prompt_length", "decoded")]
+    if report.get("dtype", "float32") != "float32":  # reports before 0.2.0 do not say
+        options.append(f"--dtype {report['dtype']}")
     command = [f"less-cache eval perplexity {base} --kernels {name} --policy {policy}", " ".join(options)]
     return ["```bash", " \\\n    ".join(command), "```"]
 
