@@ -6,6 +6,7 @@ Axes: `b` batch, `h` query heads, `g` KV heads, `s` = h / g, `n` new tokens, `c`
 
 import copy
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -23,6 +24,7 @@ from less_cache.recording import Recording
 
 QUERY_BLOCK = 256  # queries attended at once in a block: memory is O(QUERY_BLOCK · columns)
 SPARE_SLOTS = 64  # a policy without a budget gets this many free slots at a time
+FUSED_ON = {"cuda"}  # types of device where a step may be Triton's, see `fused`
 REACH = 1024  # tokens after which a recording that nobody crops ends
 PER_ROW = ("keys", "values", "positions", "scores", "seen", "counts", "settled")
 
@@ -359,6 +361,9 @@ class LESSLayer(CacheLayerMixin):
 
     def _step(self, call: AttentionCall) -> torch.Tensor:
         """One token: O(slots) work, in place. Returns `[b, h, 1, d]`."""
+        fused = _fused(call)
+        if fused is not None and fused.can(self, call) and (output := fused.step(self, call)) is not None:
+            return output
         key_states, value_states, real = call.key_states, call.value_states, call.real
         b, g, _, d = key_states.shape
         counts = self._counts()
@@ -541,6 +546,23 @@ class LESSLayer(CacheLayerMixin):
     def _counts(self) -> torch.Tensor:
         """The policy's token counts in the form that its methods take, `[f, b, 1, 1]`."""
         return self.counts.T[:, :, None, None]
+
+
+def _fused(call: AttentionCall) -> Any:
+    """The module of the fused step where it may run, else None. torch.compile fuses the step in its own way."""
+    if torch.compiler.is_compiling() or call.query_states.device.type not in FUSED_ON:
+        return None
+    return _with_triton()
+
+
+@functools.cache
+def _with_triton() -> Any:
+    """The module `fused`, imported at its first use; None without triton."""
+    try:
+        from less_cache import fused
+    except ImportError:
+        return None
+    return fused
 
 
 def _additive_to_bool(mask: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,165 @@
+"""The fused step beside the PyTorch step: errors over many steps, and on a GPU the time of each.
+
+    python benchmarks/fused_step.py --output errors.json
+
+Without a GPU, Triton's interpreter runs the kernels, some 70 ms a KV head and step, and nothing is timed. Prints one JSON line.
+Errors: largest absolute difference from the PyTorch step in float32 on the same numbers, rounded to the cache's type; over all
+steps. So PyTorch's own are 0 in float32, and in 16 bit those of rounding the output, which no form avoids. `largest` is the
+largest number that an error stands beside, `other_tokens` the steps after which other tokens were kept.
+"""
+
+import itertools
+import json
+import os
+import time
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
+
+import triton
+
+from less_cache import H2O, SinkRecent, fused
+from less_cache import layer as layer_module
+from less_cache.bench import machine
+from less_cache.bench.timing import Spread, alternate, ratios
+from less_cache.kernels import MEMORIES
+from less_cache.layer import LESSLayer
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+MODULE = torch.nn.Identity().eval()
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MEMORY_NAMES = (None, *MEMORIES)
+FORMS = {"pytorch": set(), "fused": {DEVICE.type}}  # what `FUSED_ON` is set to
+SHOWN = {"output": "output", "scores": "scores", "values_sum": "H", "features_sum": "z"}
+
+
+def main(
+    steps: int = 200,
+    budget: int = 32,
+    head_dim: int = 80,
+    query_heads: Annotated[int, typer.Option(help="A KV head; one KV head, one row.")] = 2,
+    rounds: Annotated[int, typer.Option(help="Of timing, 100 steps each.")] = 20,
+    output: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the JSON line here too.")] = None,
+) -> None:
+    """Errors of the fused step, and on a GPU its time, as one JSON line."""
+    policies = [H2O(budget // 2, budget - budget // 2), SinkRecent(4, budget - 4)]
+    table = []
+    for policy, memory, dtype in itertools.product(policies, MEMORY_NAMES, DTYPES):
+        row = {"policy": policy.name, "memory": memory, "dtype": str(dtype).removeprefix("torch.")}
+        row |= errors(policy, memory, dtype, steps, query_heads, head_dim)
+        table.append(row)
+        shown = "  ".join(f"{SHOWN[name]} {row['fused'][name]:.1e}" for name in row["fused"])
+        print(f"{policy.name:12} {memory or 'none':15} {row['dtype']:9} {shown}", flush=True)
+    described = machine.describe(DEVICE)
+    described["versions"]["triton"] = triton.__version__
+    report = {
+        **described,
+        "interpreted": DEVICE.type == "cpu",
+        **{"steps": steps, "budget": budget, "head_dim": head_dim, "query_heads": query_heads},
+        "errors": table,
+        "timing": timing(rounds) if DEVICE.type == "cuda" else "unmeasured: no GPU",
+    }
+    line = json.dumps(report)
+    print(line)
+    if output is not None:
+        output.write_text(line + "\n")
+
+
+def errors(policy, memory: str | None, dtype: torch.dtype, steps: int, query_heads: int, head_dim: int) -> dict:
+    """Of both forms in `dtype`, beside PyTorch in float32."""
+    prompt = 2 * sum(policy.resolve(torch.ones(1, dtype=torch.long))[0].tolist())
+    kernels = memory and random_kernels(memory, query_heads, 1, head_dim)
+    tokens = [each.to(dtype) for each in random_tokens(1, query_heads, 1, prompt + steps, head_dim)]
+    oracle = LESSLayer(policy, kernels, layer_idx=1, leads=False)
+    layers = {form: LESSLayer(policy, kernels, layer_idx=1, leads=False) for form in FORMS}
+    found: dict = {form: {"output": 0.0, "scores": 0.0} for form in FORMS}
+    largest: dict = {}
+    other_tokens = dict.fromkeys(FORMS, 0)
+    for start, stop in [(0, prompt), *((token, token + 1) for token in range(prompt, prompt + steps))]:
+        block = [each[:, :, start:stop] for each in tokens]
+        exact = read(oracle, [each.float() for each in block], "pytorch")
+        for form, layer in layers.items():
+            attended = read(layer, block, form)
+            if stop - start > 1:  # the prompt: the step starts after it
+                continue
+            expected = {"output": exact, **oracle.tensors()}
+            held = {"output": attended, **layer.tensors()}
+            other_tokens[form] += not torch.equal(held["positions"], expected["positions"])
+            for name in SHOWN.keys() & expected.keys():
+                error = (held[name].double() - expected[name].double()).abs().max().item()
+                found[form][name] = max(found[form].get(name, 0.0), error)
+                largest[name] = max(largest.get(name, 0.0), expected[name].abs().max().item())
+    assert not fused._failed, "the kernels did not run"
+    return {**found, "largest": largest, "other_tokens": other_tokens}
+
+
+def timing(rounds: int, steps: int = 100) -> list[dict]:
+    """Microseconds of one layer's step, in turns: 32 query heads, 8 KV heads of 128, 256 tokens kept, bfloat16."""
+    rows = []
+    for policy, memory, b in itertools.product([H2O(128, 128), SinkRecent(4, 252)], MEMORY_NAMES, (1, 16)):
+        kernels = memory and random_kernels(memory, 32, 8, 128)
+        tokens = [each.to(torch.bfloat16) for each in random_tokens(b, 32, 8, 513, 128)]
+        prompt, token = [each[:, :, :512] for each in tokens], [each[:, :, 512:] for each in tokens]
+        layers = {form: LESSLayer(policy, kernels, layer_idx=1, leads=False) for form in FORMS}
+        for form, layer in layers.items():
+            read(layer, prompt, form)
+
+        def run(form: str, layers=layers, token=token) -> float:
+            machine.synchronize(DEVICE)
+            start = time.perf_counter()
+            for _ in range(steps):
+                read(layers[form], token, form)
+            machine.synchronize(DEVICE)
+            return (time.perf_counter() - start) / steps * 1e6
+
+        taken = alternate({form: lambda form=form: run(form) for form in FORMS}, rounds)
+        assert not fused._failed, "the kernels did not run"
+        row = {"policy": policy.name, "memory": memory, "batch_size": b}
+        row |= {form: vars(Spread.of(numbers)) for form, numbers in taken.items()}
+        rows.append({**row, "ratio": ratios(taken, "pytorch")["fused"]})
+    return rows
+
+
+@torch.no_grad()
+def read(layer: LESSLayer, block: list[torch.Tensor], form: str) -> torch.Tensor:
+    """Give a layer tokens, a single one in the given form; its output."""
+    layer_module.FUSED_ON = FORMS[form]
+    query_states, key_states, value_states = block
+    key_states, value_states = layer.update(key_states, value_states)
+    return layer.attend(no_attention, MODULE, query_states, key_states, value_states, None)[0]
+
+
+def no_attention(module, query_states, *arguments, **options):
+    """In place of a model's attention to the prompt, of which nothing here asks the output."""
+    return query_states.transpose(1, 2), None
+
+
+def random_kernels(memory: str, h: int, g: int, d: int) -> torch.nn.Module:
+    """Kernels heavy enough that the state weighs as much as the kept tokens."""
+    generator = torch.Generator().manual_seed(0)
+    kernels = MEMORIES[memory](h, g, d, 32, 8)
+    kernels.reset_parameters(generator)
+    for name, parameter in kernels.named_parameters():
+        if name.endswith("scale"):
+            torch.nn.init.uniform_(parameter, 0.5, 1.5, generator=generator)
+        if name.endswith(("bias", "skip")):
+            torch.nn.init.uniform_(parameter, -0.3, 0.3, generator=generator)
+    return kernels.requires_grad_(False)
+
+
+def random_tokens(b: int, h: int, g: int, length: int, d: int) -> list[torch.Tensor]:
+    """Queries `[b, h, length, d]`, keys and values `[b, g, length, d]`; some keys get much attention, most get little."""
+    generator = torch.Generator().manual_seed(0)
+    query_states = 2 * torch.randn(b, h, length, d, generator=generator)
+    key_states = torch.randn(b, g, length, d, generator=generator) * torch.randn(b, g, length, 1, generator=generator).exp()
+    value_states = torch.randn(b, g, length, d, generator=generator)
+    return [each.to(DEVICE) for each in (query_states, key_states, value_states)]
+
+
+if __name__ == "__main__":
+    typer.run(main)
