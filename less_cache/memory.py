@@ -125,9 +125,16 @@ class TrainedMemory(LayerMemory):
         return LowRankState.empty(batch, num_key_value_heads, self.num_virtual_tokens, head_dim + self.extra_dims, device)
 
     def pass_time(self, state: LowRankState, tokens: torch.Tensor | int) -> None:
+        share = self.share_left(tokens)
+        if share is not None:
+            state.scale(share)
+
+    def share_left(self, tokens: torch.Tensor | int) -> torch.Tensor | None:
+        """e^{−λ t}, what is left of a pair's weight after `tokens` more, `[b]` or a number: `[b or 1, g, r]`; None: all."""
         rates = self.fading_rates()
-        if rates is not None:
-            state.scale(torch.exp(-rates * (tokens.view(-1, 1, 1) if isinstance(tokens, torch.Tensor) else tokens)))
+        if rates is None:
+            return None
+        return torch.exp(-rates * (tokens.view(-1, 1, 1) if isinstance(tokens, torch.Tensor) else tokens))
 
     def fold_in(
         self,
@@ -137,10 +144,12 @@ class TrainedMemory(LayerMemory):
         leaves: torch.Tensor,
         ages: torch.Tensor,
     ) -> None:
-        features, rates = self.key_features(key_states), self.fading_rates()
-        if rates is not None:
-            features = features * torch.exp(-rates.unsqueeze(1) * ages.unsqueeze(-1))
-        state.fold_in(features * leaves.unsqueeze(-1), self.remembered(key_states, value_states))
+        state.fold_in(self.pair_weights(key_states, leaves, ages), self.remembered(key_states, value_states))
+
+    def pair_weights(self, key_states: torch.Tensor, leaves: torch.Tensor, ages: torch.Tensor) -> torch.Tensor:
+        """e^{−λ a} ψ(k), 0 where a pair stays: `[b, g, m, r]`."""
+        features, rates = self.key_features(key_states) * leaves.unsqueeze(-1), self.fading_rates()
+        return features if rates is None else features * torch.exp(-rates.unsqueeze(1) * ages.unsqueeze(-1))
 
     def virtual_tokens(
         self,

@@ -38,7 +38,7 @@ class LowRankState:
         self.features_sum += key_features.sum(dim=-2)
 
     def scale(self, factor: torch.Tensor) -> None:
-        """Weigh all that was folded in by `factor`, `[g, r]` or `[b, g, r]`, in place."""
+        """Multiply all that was folded in by `factor`, `[b or 1, g, r]`, in place."""
         self.values_sum *= factor.unsqueeze(-1)
         self.features_sum *= factor
 

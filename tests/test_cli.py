@@ -81,9 +81,9 @@ def test_train_then_evaluate(model, text, tmp_path):
     assert trained.exit_code == 0, trained.output
     assert LESSKernels.from_pretrained(tmp_path / "kernels").config.training["data"] == ["text.txt"]
 
-    lengths = ("--sequences", 2, "--prompt-length", 40, "--decoded", 8)
+    lengths = ("--sequences", 2, "--prompt-length", 40, "--decoded", 8, "--dtype", "bfloat16")
     budgets = ("--budget", 8, "--budget", 0.3)  # 30 % of 40
-    measured = ("--data", text, "--kernels", tmp_path / "kernels", *budgets, *lengths, "--plot", tmp_path / "plot.png", "--dtype", "bfloat16")
+    measured = ("--data", text, "--kernels", tmp_path / "kernels", *budgets, *lengths, "--plot", tmp_path / "plot.png")
     result = run("eval", "perplexity", model, *measured)
     assert result.exit_code == 0, result.output
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
