@@ -1,6 +1,7 @@
 """Every supported architecture, as a tiny random model: what docs/models.md says of it is proved here."""
 
 import functools
+from collections.abc import Iterator
 from pathlib import Path
 
 import models_table
@@ -11,8 +12,9 @@ from models_table import newest_transformers
 from tiny import tiny_kernels
 from transformers import DynamicCache, PreTrainedModel
 
-from less_cache import H2O, LESSCache
+from less_cache import H2O, LESSCache, LESSKernels
 from less_cache.layer import LESSLayer
+from less_cache.policies import EvictionPolicy
 from less_cache.reference import reference_attention
 
 NEW = 3
@@ -60,11 +62,8 @@ def test_budget_above_length_is_the_full_cache(name):
     )
 
 
-@each_architecture
-def test_small_budget_is_the_reference(name, monkeypatch):
-    """What attention gets from every LESS layer equals the plain O(T²) formula over the states the model has computed."""
-    model, inputs = model_of(name), prompt()
-    kernels = tiny_kernels(model)
+def recorded_attention(monkeypatch) -> dict[int, list[tuple]]:
+    """From now on every call of attention under LESS: its states, output and arguments, by layer."""
     calls: dict[int, list[tuple]] = {}
     attend = LESSLayer.attend
 
@@ -74,10 +73,13 @@ def test_small_budget_is_the_reference(name, monkeypatch):
         return output
 
     monkeypatch.setattr(LESSLayer, "attend", recording)
-    cache = LESSCache(model, SMALL, kernels)
-    generate(model, cache, inputs)
-    assert calls.keys() == {index for index, layer in enumerate(cache.layers) if isinstance(layer, LESSLayer)}
-    real = torch.nn.functional.pad(inputs["attention_mask"], (0, NEW - 1), value=1).bool()
+    return calls
+
+
+def beside_the_reference(
+    calls: dict[int, list[tuple]], policy: EvictionPolicy, kernels: LESSKernels, real: torch.Tensor
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """By layer: what attention gave at real tokens, and the plain O(T²) formula over the states the model has computed."""
     for index, blocks in calls.items():
         query, key, value, output = (torch.cat(states, dim=2) for states in list(zip(*blocks, strict=True))[:4])
         *_, scaling, kwargs = blocks[0]
@@ -85,7 +87,7 @@ def test_small_budget_is_the_reference(name, monkeypatch):
             query,
             key,
             value,
-            SMALL,
+            policy,
             [block[0].shape[2] for block in blocks],
             kernels.for_layer(index),
             real,
@@ -94,7 +96,20 @@ def test_small_budget_is_the_reference(name, monkeypatch):
             kwargs.get("s_aux"),
         )
         attended = real[:, None, :, None].expand_as(expected)
-        assert_close(output[attended], expected.to(output.dtype)[attended])
+        yield output[attended], expected.to(output.dtype)[attended]
+
+
+@each_architecture
+def test_small_budget_is_the_reference(name, monkeypatch):
+    model, inputs = model_of(name), prompt()
+    kernels = tiny_kernels(model)
+    calls = recorded_attention(monkeypatch)
+    cache = LESSCache(model, SMALL, kernels)
+    generate(model, cache, inputs)
+    assert calls.keys() == {index for index, layer in enumerate(cache.layers) if isinstance(layer, LESSLayer)}
+    real = torch.nn.functional.pad(inputs["attention_mask"], (0, NEW - 1), value=1).bool()
+    for output, expected in beside_the_reference(calls, SMALL, kernels, real):
+        assert_close(output, expected)
 
 
 @pytest.mark.parametrize("name", [name for name in zoo.ARCHITECTURES if name not in zoo.WITHOUT_LEFT_PADDING])
