@@ -24,7 +24,7 @@ from less_cache.recording import Recording
 
 QUERY_BLOCK = 256  # queries attended at once in a block: memory is O(QUERY_BLOCK · columns)
 SPARE_SLOTS = 64  # a policy without a budget gets this many free slots at a time
-FUSED_ON = {"cuda"}  # types of device where a step may be Triton's, see `fused`
+FUSED_ON: set[str] = set()  # types of device where a step may be Triton's, see `fused`: none until a GPU has run it
 REACH = 1024  # tokens after which a recording that nobody crops ends
 PER_ROW = ("keys", "values", "positions", "scores", "seen", "counts", "settled")
 
