@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import dispatch_model
 from test_generation import drafting
 from test_models import beside_the_reference, recorded_attention
 from transformers import DynamicCache, PreTrainedModel, pipeline
@@ -295,6 +296,37 @@ def test_chat(model, tokenizer, less):
         assert_same(output, *by_hand(model, manual, unread, 2))
         history, unread = output.sequences, output.sequences[:, -1:]
         assert cache.get_seq_length() == history.shape[1] - 1
+
+
+# Models that are not as they were trained
+
+
+def with_adapters(model, folder):
+    peft = pytest.importorskip("peft", reason="peft is an extra of the tests")
+    return peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False)).eval()
+
+
+def in_int8(model, folder):
+    return torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, dtype=torch.qint8)
+
+
+def with_a_layer_on_disk(model, folder):
+    places = dict.fromkeys(["model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"], "cpu")
+    places |= {f"model.layers.{index}": "disk" if index == 7 else "cpu" for index in range(model.config.num_hidden_layers)}
+    return dispatch_model(model, places, main_device="cpu", offload_dir=folder)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")  # peft's old names, torch's quantisation
+@pytest.mark.parametrize("change", [with_adapters, in_int8, with_a_layer_on_disk], ids=lambda change: change.__name__)
+def test_changed_models(change, model, less, prompt, tmp_path):
+    torch.manual_seed(0)
+    changed = change(copy.deepcopy(model), tmp_path)
+    if change is not in_int8:  # where the last bit of a sum may move an activation by a whole step of its scale
+        caches = DynamicCache(config=model.config), less(ABOVE)
+        full, above = (generate(changed, cache, prompt, max_new_tokens=3) for cache in caches)
+        assert torch.equal(above.sequences, full.sequences)
+        assert_close(torch.stack(above.logits), torch.stack(full.logits))
+    assert_same(generate(changed, less(), prompt, max_new_tokens=3), *by_hand(changed, less(), prompt, 3))
 
 
 # A cache that is copied, moved, stored or gives tokens back goes on bit by bit
