@@ -63,7 +63,7 @@ def reset_without_fading(memory, generator=None, reset=LayerSoftCentroids.reset_
 @torch.no_grad()
 def divergences(model, tokens: torch.Tensor, sets: dict[str, LESSKernels]) -> dict[str, dict[str, float]]:
     """KL of each policy alone and with each set to the full cache, in nats a token, on `tokens` `[b, p + n]`."""
-    kernels = sets["mixed"]  # which layers: the same in all
+    kernels = next(iter(sets.values()))  # which layers: the same in all
     dense, span = teacher_cache(model.config, kernels), slice(PROMPT, PROMPT + DECODED)
     target = model(tokens, past_key_values=dense, use_cache=True, logits_to_keep=DECODED).logits.float().log_softmax(-1)
     teachers = [layer for layer in dense.layers if isinstance(layer, TeacherLayer)]
@@ -92,6 +92,7 @@ def main(
     text: Annotated[list[str], typer.Option(metavar="NAME=FILE", help="Text to measure on; repeatable.")],
     steps: int = 60,
     stretch_count: Annotated[int, typer.Option("--stretches", help="Of each text, four at once.")] = 16,
+    only: Annotated[list[str] | None, typer.Option("--set", metavar="NAME", help="Repeatable. Default: all.")] = None,
     dtype: str = "bfloat16",
     output: Annotated[Path | None, typer.Option(metavar="FILE")] = None,
 ) -> None:
@@ -101,7 +102,7 @@ def main(
     sources = [sorted(path.glob("*.txt")) if path.is_dir() else [path] for path in train_data]
     sampler = TokenSampler([[tokenize(file.read_text("utf-8"), tokenizer) for file in source] for source in sources])
     sets = {}
-    for name in SETS:
+    for name in only or SETS:
         sets[name] = trained(name, model, sampler, folder / name.replace(" ", "-"), steps)
         typer.echo(f"trained: {name}", err=True)
     left: dict[str, dict[str, dict[str, float]]] = {}
