@@ -43,8 +43,8 @@ def centroids_left(task: LayerTask, sequence: int) -> list[float]:
         alone = weights @ columns(values, decode.order, p)[:, :, None]
         memory = untrained.for_layer(task.layer_idx)
         state = memory.empty_state(1, keys.shape[1], keys.shape[-1], keys.device)
-        ages = p - torch.arange(p).expand_as(decode.keep)
-        memory.fold_in(state, keys[:, :, :p], values[:, :, :p], ~decode.keep, ages)
+        positions = torch.arange(p).expand_as(decode.keep)
+        memory.fold_in(state, keys[:, :, :p], values[:, :, :p], ~decode.keep, positions, torch.tensor([[[p]]]))
         output = add_virtual_tokens(alone, log_sum, *memory.virtual_tokens(state, queries, shard.scaling))
         error, before = (
             task._projected(each.flatten(1, 2) - decoded.outputs[None]).square().mean().item() for each in (output, alone)

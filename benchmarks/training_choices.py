@@ -97,7 +97,7 @@ def main(
     output: Annotated[Path | None, typer.Option(metavar="FILE")] = None,
 ) -> None:
     """Train small sets that differ in one choice, and print what share of each policy's divergence they leave."""
-    model, tokenizer = models.load(model_name, dtype=getattr(torch, dtype))
+    model, tokenizer = models.load(model_name, dtype=models.weights_type(dtype))
     hook.install()
     sources = [sorted(path.glob("*.txt")) if path.is_dir() else [path] for path in train_data]
     sampler = TokenSampler([[tokenize(file.read_text("utf-8"), tokenizer) for file in source] for source in sources])

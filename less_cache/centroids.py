@@ -58,7 +58,8 @@ class LayerCentroids(LayerMemory):
         key_states: torch.Tensor,
         value_states: torch.Tensor,
         leaves: torch.Tensor,
-        ages: torch.Tensor,
+        positions: torch.Tensor,
+        seen: torch.Tensor,
     ) -> None:
         share = leaves.unsqueeze(-1).float()  # [b, g, m, 1]
         keys, values = key_states.float() * share, value_states.float() * share

@@ -8,7 +8,7 @@ counted as operations that are neither views nor empty tensors (`tests/test_fuse
 
     kernels              PyTorch    fused: Triton + PyTorch
     none                 40         1 + 1
-    low rank             76         2 + 26
+    low rank             75         2 + 25
     trained centroids    95         2 + 44
 
 `LESSLayer._step` is the oracle, and takes every step that `can` refuses. Its rules stand here a second time: those of
@@ -109,7 +109,7 @@ def step(layer: Any, call: AttentionCall) -> torch.Tensor | None:
     arrived = 1 if real is None else real.squeeze(-1)
     layer.seen += arrived
     if layer.state is not None:
-        weights = layer.kernels.pair_weights(key, left >= 0, layer.seen.view(-1, 1, 1) - left)  # [b, g, 1, r]
+        weights = layer.kernels.pair_weights(key, left >= 0, left, layer.seen.view(-1, 1, 1))  # [b, g, 1, r]
         fold_in(layer.state, weights, layer.kernels.remembered(key, value), layer.kernels.share_left(arrived))
     return output
 

@@ -405,27 +405,27 @@ class LESSLayer(CacheLayerMixin):
             victim = self.policy.victim(self.scores, self.positions, seen, counts)  # [b, g, 1]
             leaves = (self.positions >= 0).sum(dim=-1, keepdim=True) > capacity
             victim_positions = self.positions.gather(-1, victim)
-            self._fold_in(victim, leaves, victim_positions)
+            self._fold_in(victim, leaves, victim_positions, seen)
             self.positions.scatter_(-1, victim, victim_positions.masked_fill(leaves, -1))
             return
         leaves = (self.positions >= 0) & ~self.policy.keep(self.scores, self.positions, seen, counts)  # [b, g, c]
         if most := int(leaves.sum(dim=-1).max()):
             victims = leaves.int().argsort(dim=-1, descending=True, stable=True)[..., :most]
-            self._fold_in(victims, leaves.gather(-1, victims), self.positions.gather(-1, victims))
+            self._fold_in(victims, leaves.gather(-1, victims), self.positions.gather(-1, victims), seen)
             self.positions.masked_fill_(leaves, -1)
         held = int((self.positions >= 0).sum(dim=-1).max())
         slots = self.positions.shape[-1]
         if held == slots or slots > 2 * (held + SPARE_SLOTS):  # no slot for the next token, or mostly empty
             self._store(self.keys, self.values, self.positions, self.scores, held + SPARE_SLOTS)
 
-    def _fold_in(self, slots: torch.Tensor, leaves: torch.Tensor, positions: torch.Tensor) -> None:
+    def _fold_in(self, slots: torch.Tensor, leaves: torch.Tensor, positions: torch.Tensor, seen: torch.Tensor) -> None:
         """Add the pairs in `slots` `[b, g, m]`, of these `positions`, to the state where `leaves` `[b, g, m]`."""
         if self.state is None:
             return
         index = slots.unsqueeze(-1)
         keys = self.keys.gather(2, index.expand(*slots.shape, self.keys.shape[-1]))
         values = self.values.gather(2, index.expand(*slots.shape, self.values.shape[-1]))
-        self.kernels.fold_in(self.state, keys, values, leaves, self.seen.view(-1, 1, 1) - positions)
+        self.kernels.fold_in(self.state, keys, values, leaves, positions, seen)
 
     def _virtual_tokens(
         self, query_states: torch.Tensor, call: AttentionCall, later: torch.Tensor | None = None
@@ -496,7 +496,7 @@ class LESSLayer(CacheLayerMixin):
         if self.state is not None:
             leaves = (positions >= 0) & ~keep
             self.kernels.pass_time(self.state, tokens.sum(-1))
-            self.kernels.fold_in(self.state, keys, values, leaves, seen.view(b, 1, 1) - positions)
+            self.kernels.fold_in(self.state, keys, values, leaves, positions, seen.view(b, 1, 1))
         capacity = self.policy.capacity(counts)
         held = int(keep.sum(dim=-1).max())
         slots = held + SPARE_SLOTS if capacity is None else int(capacity.max()) + 1

@@ -34,10 +34,17 @@ class LayerMemory(nn.Module, abc.ABC):
 
     @abc.abstractmethod
     def fold_in(
-        self, state: Any, key_states: torch.Tensor, value_states: torch.Tensor, leaves: torch.Tensor, ages: torch.Tensor
+        self,
+        state: Any,
+        key_states: torch.Tensor,
+        value_states: torch.Tensor,
+        leaves: torch.Tensor,
+        positions: torch.Tensor,
+        seen: torch.Tensor,
     ) -> None:
-        """Fold in, in place, the pairs `[b, g, m, d]` that leave, `[b, g, m]` bool. `ages`: of each, `[b, g, m]`: how many
-        tokens its row has seen from it on.
+        """Fold in, in place, the pairs `[b, g, m, d]` that leave, `[b, g, m]` bool.
+
+        `positions`: where in its row each pair is, `[b, g, m]`; `seen`: tokens that the row has seen, `[b, 1, 1]`.
         """
 
     @abc.abstractmethod
@@ -142,14 +149,18 @@ class TrainedMemory(LayerMemory):
         key_states: torch.Tensor,
         value_states: torch.Tensor,
         leaves: torch.Tensor,
-        ages: torch.Tensor,
+        positions: torch.Tensor,
+        seen: torch.Tensor,
     ) -> None:
-        state.fold_in(self.pair_weights(key_states, leaves, ages), self.remembered(key_states, value_states))
+        weights = self.pair_weights(key_states, leaves, positions, seen)
+        state.fold_in(weights, self.remembered(key_states, value_states))
 
-    def pair_weights(self, key_states: torch.Tensor, leaves: torch.Tensor, ages: torch.Tensor) -> torch.Tensor:
-        """e^{−λ a} ψ(k), 0 where a pair stays: `[b, g, m, r]`."""
+    def pair_weights(
+        self, key_states: torch.Tensor, leaves: torch.Tensor, positions: torch.Tensor, seen: torch.Tensor
+    ) -> torch.Tensor:
+        """e^{−λ a} ψ(k), a = seen − position, 0 where a pair stays: `[b, g, m, r]`."""
         features, rates = self.key_features(key_states) * leaves.unsqueeze(-1), self.fading_rates()
-        return features if rates is None else features * torch.exp(-rates.unsqueeze(1) * ages.unsqueeze(-1))
+        return features if rates is None else features * torch.exp(rates.unsqueeze(1) * (positions - seen).unsqueeze(-1))
 
     def virtual_tokens(
         self,

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from less_cache.errors import LESSError
 
+DTYPES = ("float32", "bfloat16", "float16")  # that weights may have here
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 # Hub id -> the package that ships the same model as one GGUF file, so that no network is needed.
@@ -72,6 +73,13 @@ def _packaged_file(model: str) -> Path | None:
     spec = importlib.util.find_spec(PACKAGED[model]) if model in PACKAGED else None
     files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
     return files[0] if files else None
+
+
+def weights_type(name: str) -> torch.dtype:
+    """The type of weights that `--dtype` names."""
+    if name not in DTYPES:
+        raise LESSError(f"Expected --dtype to be one of {', '.join(DTYPES)}, got {name!r}.")
+    return getattr(torch, name)
 
 
 def _require(*packages: str) -> None:

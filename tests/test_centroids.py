@@ -17,8 +17,8 @@ B, H, G, D = 2, 4, 2, 8
 
 
 def fold_in(memory, state, keys, values, leaves):
-    """These centroids do not fade: the age of a pair changes nothing."""
-    memory.fold_in(state, keys, values, leaves, torch.full(leaves.shape, 1000))
+    """These centroids do not fade: where a pair was changes nothing."""
+    memory.fold_in(state, keys, values, leaves, torch.zeros(leaves.shape), torch.tensor([[[1000]]]))
 
 
 def folded(lengths, seed=0, num_centroids=4) -> tuple[CentroidState, torch.Tensor, torch.Tensor]:

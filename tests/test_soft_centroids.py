@@ -43,7 +43,7 @@ def test_virtual_tokens_are_the_formula(softcap, seed):
     state = centroids.empty_state(1, G, D, key.device)
     leaves, ages = torch.tensor([[[True, False, True, True, False]]]), torch.tensor([[[7, 6, 5, 3, 1]]])
     later = torch.tensor([[0, 1, 2, 3, 4]])  # query i comes so long after the state
-    centroids.fold_in(state, key, value, leaves, ages)
+    centroids.fold_in(state, key, value, leaves, 9 - ages, torch.tensor([[[9]]]))
     logits, values = centroids.virtual_tokens(state, query, 0.5, softcap, later)  # [1, 1, h, 5, r], [1, 1, r, d]
     evicted = [0, 2, 3]
     rates = [f**2 for f in centroids.fading[0].double().tolist()]
@@ -66,11 +66,11 @@ def test_virtual_tokens_are_the_formula(softcap, seed):
 def test_a_state_fades_as_if_its_pairs_were_older(tokens, seed):
     _, key, value = tiny.random_states(2, H, G, 5, D, seed=seed)
     centroids, everything = memory(seed), torch.ones(2, G, 5, dtype=torch.bool)
-    ages = torch.arange(5, 0, -1).expand(2, G, 5)
+    positions, seen = torch.arange(5).expand(2, G, 5), torch.tensor([5, 6]).view(2, 1, 1)
     faded, older = (centroids.empty_state(2, G, D, key.device) for _ in range(2))
-    centroids.fold_in(faded, key, value, everything, ages)
+    centroids.fold_in(faded, key, value, everything, positions, seen)
     centroids.pass_time(faded, tokens)
-    centroids.fold_in(older, key, value, everything, ages + torch.as_tensor(tokens).view(-1, 1, 1))
+    centroids.fold_in(older, key, value, everything, positions, seen + torch.as_tensor(tokens).view(-1, 1, 1))
     for name, tensor in vars(faded).items():
         torch.testing.assert_close(tensor, getattr(older, name))
 
@@ -88,7 +88,7 @@ def test_before_training_a_centroid_is_about_the_mean_pair_and_light():
     centroids = LayerSoftCentroids(H, G, D, M, RANK)
     query = torch.zeros(1, H, 1, D)
     state = centroids.empty_state(1, G, D, key.device)
-    centroids.fold_in(state, key, value, torch.ones(1, G, 50, dtype=torch.bool), torch.zeros(1, G, 50))
+    centroids.fold_in(state, key, value, torch.ones(1, G, 50, dtype=torch.bool), torch.zeros(1, G, 50), torch.zeros(1, 1, 1))
     logits, _ = centroids.virtual_tokens(state, query, scaling=0.5)
     torch.testing.assert_close(logits[0, 0, :, 0], (state.features_sum[0].log() + LIGHT).expand(H, -1))
 

@@ -111,7 +111,7 @@ def device(name: str) -> torch.device:
 
 def load(options: BenchOptions) -> PreTrainedModel:
     """The model on its device, in evaluation mode."""
-    dtype = getattr(torch, options.dtype)
+    dtype = models.weights_type(options.dtype)
     if not options.random:
         return models.load(options.model, dtype=dtype, device=options.device)[0]
     config: Any

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+from less_cache import models
 from less_cache.errors import LESSError
 from less_cache.policies import policy_class
 
@@ -85,8 +86,7 @@ class BenchOptions:
         for cache in self.caches:
             if cache not in CACHES:
                 raise LESSError(f"Expected --cache to be one of {', '.join(CACHES)}, got {cache!r}.")
-        if self.dtype not in ("float32", "bfloat16", "float16"):
-            raise LESSError(f"Expected --dtype to be float32, bfloat16 or float16, got {self.dtype!r}.")
+        models.weights_type(self.dtype)
 
     def tokens_kept(self, context: int) -> int:
         """The budget in tokens at a context."""

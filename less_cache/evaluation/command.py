@@ -4,7 +4,6 @@ import dataclasses
 import functools
 from pathlib import Path
 
-import torch
 from rich import box
 from rich.console import Console
 from rich.progress import Progress
@@ -17,8 +16,6 @@ from less_cache.evaluation.plot import draw
 from less_cache.kernels import LESSKernels
 from less_cache.policies import policy_class
 from less_cache.version import __version__
-
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 def run(
@@ -37,8 +34,7 @@ def run(
 ) -> None:
     """Measure every budget on the same text; print a table each, then all of it as one JSON line."""
     outputs.check(output, plot)
-    if dtype not in DTYPES:
-        raise LESSError(f"Expected --dtype to be one of {', '.join(DTYPES)}, got {dtype!r}.")
+    weights_type = models.weights_type(dtype)
     console = Console(highlight=False, stderr=True)
     make = policy_class(policy_name).from_budget
     for budget in budgets:
@@ -48,7 +44,7 @@ def run(
     for path in data:
         if not path.is_file():  # reported before the model is loaded
             raise LESSError(f"Expected a text file, got {path}, which does not exist.")
-    model, tokenizer = models.load(model_name, dtype=getattr(torch, dtype))
+    model, tokenizer = models.load(model_name, dtype=weights_type)
     tokens = stretches(data, tokenizer, sequences, prompt_length + decoded)
     batches = -(-sequences // batch_size)
     results: list[list[dict]] = []
