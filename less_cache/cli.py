@@ -246,6 +246,9 @@ def perplexity(
     decoded: Annotated[int, typer.Option(min=1, help="Tokens scored after the prompt, one by one.")] = 128,
     batch_size: Annotated[int, typer.Option(min=1, help="Sequences at once.")] = 8,
     dtype: Annotated[str, typer.Option(help="Of the model's weights: float32, bfloat16 or float16.")] = "float32",
+    known: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Report on the same text: all but LESS is taken from it.")
+    ] = None,
     output: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the JSON line here too.")] = None,
     plot: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Draw perplexity over bytes, such as perplexity.png.")
@@ -255,7 +258,7 @@ def perplexity(
     from less_cache.evaluation.command import run
 
     sizes = [parse_budget(budget) for budget in budgets]
-    run(model, kernels, policy, sizes, data, sequences, prompt_length, decoded, batch_size, dtype, output, plot)
+    run(model, kernels, policy, sizes, data, sequences, prompt_length, decoded, batch_size, dtype, known, output, plot)
 
 
 def parse_memory(text: str) -> int:

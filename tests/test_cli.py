@@ -187,6 +187,10 @@ BAD = {
     "benched kind": (("bench", "memory", "vit", "--random"), "Expected a causal language model"),
     "benched output": (("bench", "decode", "./absent", "--output", "TEXT/x.json"), "cannot be written"),
     "benched plot": (("bench", "decode", "./absent", "--plot", "."), "which is a folder"),
+    "report that is none": (
+        ("eval", "perplexity", "./absent", "--data", "TEXT", "--budget", "8", "--known", "TEXT"),
+        "Expected --known to be a report of eval perplexity",
+    ),
     "evaluated output": (
         ("eval", "perplexity", "./absent", "--data", "TEXT", "--budget", "8", "--output", "TEXT/x.json"),
         "cannot be written",

@@ -12,6 +12,7 @@ import torch
 from test_cli import model, run, text  # noqa: F401
 
 from less_cache import H2O, LESSCache, LESSError
+from less_cache.evaluation import perplexity
 from less_cache.evaluation.perplexity import with_state_bytes
 
 
@@ -39,6 +40,22 @@ def test_the_rival_has_the_bytes_of_the_state(rank, dtype):
 def test_fractions_have_no_bytes_yet():
     with pytest.raises(LESSError, match="Expected token counts"):
         with_state_bytes(H2O(0.1, 0.1), tiny.tiny_kernels(tiny.tiny_llama()), 4)
+
+
+def test_a_report_spares_what_it_has_measured(model, text, tmp_path, monkeypatch):  # noqa: F811
+    """The same report as without it, by one measurement instead of six; another protocol is refused."""
+    tiny.tiny_kernels(tiny.tiny_llama()).save_pretrained(tmp_path / "kernels")
+    words = ["eval", "perplexity", model, "--data", text, "--budget", 8, "--sequences", 2, "--prompt-length", 40, "--decoded", 8]
+    assert run(*words, "--output", tmp_path / "before.json").exit_code == 0
+    words += ["--kernels", tmp_path / "kernels"]
+    anew = json.loads(run(*words).stdout.splitlines()[-1])
+    calls, measured = [], perplexity.perplexity
+    monkeypatch.setattr(perplexity, "perplexity", lambda *given: calls.append(given) or measured(*given))
+    spared = json.loads(run(*words, "--known", tmp_path / "before.json").stdout.splitlines()[-1])
+    assert spared == anew and len(calls) == 1
+
+    longer = run(*words[:-4], "--decoded", 9, "--known", tmp_path / "before.json")
+    assert longer.exit_code == 1 and "expected decoded 9, as in this measurement, got 8" in " ".join(longer.output.split())
 
 
 def test_the_benchmark_of_types(model, text, tmp_path, monkeypatch, capsys):  # noqa: F811

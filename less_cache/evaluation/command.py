@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 from pathlib import Path
 
 from rich import box
@@ -29,6 +30,7 @@ def run(
     decoded: int,
     batch_size: int,
     dtype: str,
+    known: Path | None,
     output: Path | None,
     plot: Path | None,
 ) -> None:
@@ -44,32 +46,44 @@ def run(
     for path in data:
         if not path.is_file():  # reported before the model is loaded
             raise LESSError(f"Expected a text file, got {path}, which does not exist.")
-    model, tokenizer = models.load(model_name, dtype=weights_type)
-    tokens = stretches(data, tokenizer, sequences, prompt_length + decoded)
-    batches = -(-sequences // batch_size)
-    results: list[list[dict]] = []
-    full = None
-    for policy in policies:
-        with Progress(console=console, transient=True) as progress:
-            caches = (full is None) + 2 + len(dataclasses.fields(policy)) + (kernels is not None)
-            task = progress.add_task(str(policy), total=caches * batches)
-            advance = functools.partial(progress.advance, task)
-            rows = measure(model, tokens, policy, kernels, prompt_length, batch_size, advance, full)
-        full = rows[0]
-        console.print(table(str(policy), rows))
-        results.append([dataclasses.asdict(row) for row in rows])
-    report = {
+    protocol = {
         "model": model_name,
-        "kernels_sha256": kernels.config.sha256 if kernels is not None else None,
         "data": [path.name for path in data],
         "sequences": sequences,
         "prompt_length": prompt_length,
         "decoded": decoded,
         "dtype": dtype,
-        "less_cache": __version__,
-        "results": results,
     }
+    measured = [] if known is None else read(known, protocol)
+    model, tokenizer = models.load(model_name, dtype=weights_type)
+    tokens = stretches(data, tokenizer, sequences, prompt_length + decoded)
+    batches = -(-sequences // batch_size)
+    results: list[list[dict]] = []
+    for policy in policies:
+        with Progress(console=console, transient=True) as progress:
+            caches = 3 + len(dataclasses.fields(policy)) + (kernels is not None)
+            task = progress.add_task(str(policy), total=caches * batches)
+            advance = functools.partial(progress.advance, task)
+            rows = measure(model, tokens, policy, kernels, prompt_length, batch_size, advance, measured)
+        measured += rows
+        console.print(table(str(policy), rows))
+        results.append([dataclasses.asdict(row) for row in rows])
+    sha256 = kernels.config.sha256 if kernels is not None else None
+    report = {**protocol, "kernels_sha256": sha256, "less_cache": __version__, "results": results}
     outputs.finish(report, output, plot, lambda report: draw({", ".join(report["data"]): report}))
+
+
+def read(report: Path, protocol: dict) -> list[Measurement]:
+    """What a report of the same protocol measured."""
+    try:
+        written = json.loads(report.read_text("utf-8"))
+        rows = [Measurement(**row) for rows in written["results"] for row in rows]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise LESSError(f"Expected --known to be a report of eval perplexity, got {report}: {error!r}") from error
+    for name, value in protocol.items():
+        if written.get(name) != value:
+            raise LESSError(f"{report}: expected {name} {value!r}, as in this measurement, got {written.get(name)!r}.")
+    return rows
 
 
 def table(title: str, rows: list[Measurement]) -> Table:

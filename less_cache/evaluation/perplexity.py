@@ -61,25 +61,30 @@ def measure(
     prompt_length: int,
     batch_size: int = 8,
     advance: Callable[[], object] = lambda: None,
-    full: Measurement | None = None,
+    known: Sequence[Measurement] = (),
 ) -> list[Measurement]:
     """Every cache at the policy's size on `tokens` `[count, p + n]`: one run, same text.
 
     Full cache, policy alone, baseline+ once for each count of the policy that could grow, the untrained state, and LESS
-    where there are kernels. `advance` is called after each batch of each cache. `full`: the full cache on these tokens,
-    where it was measured before.
+    where there are kernels. `advance` is called after each batch of each cache. `known`: measured before on these tokens;
+    all but LESS is taken from there.
     """
 
     def run(name: str, make: Callable[[], Cache], used: EvictionPolicy | None) -> Measurement:
-        measured, held = perplexity(model, tokens, make, prompt_length, batch_size, advance)
-        return Measurement(name, used.to_dict() if used is not None else None, measured, held)
+        description = used.to_dict() if used is not None else None
+        for row in known:
+            if (row.cache, row.policy) == (name, description) and name != "less":
+                for _ in tokens.split(batch_size):
+                    advance()
+                return row
+        return Measurement(name, description, *perplexity(model, tokens, make, prompt_length, batch_size, advance))
 
     def less(used: EvictionPolicy, state: LESSKernels | None) -> Callable[[], Cache]:
         return lambda: LESSCache(model.config, policy=used, kernels=state)
 
     untrained = LESSKernels.untrained(model)
     rows = [
-        full or run("full", lambda: DynamicCache(config=model.config), None),
+        run("full", lambda: DynamicCache(config=model.config), None),
         run("policy", less(policy, None), policy),
     ]
     for field in dataclasses.fields(policy):
