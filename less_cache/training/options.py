@@ -16,8 +16,8 @@ class TrainingOptions:
     Args:
         policies: Names in `POLICIES`; one is drawn for each prompt, and one named twice, twice as often.
         least_budget, most_budget: Tokens kept, as a fraction of the tokens seen; drawn log-uniformly for each prompt.
-        prompts: Prompt lengths.
-        prompts_per_sequence: How many of them are drawn for a sequence, which is as long as the longest needs.
+        prompts: Prompt lengths; one named twice is drawn twice as often.
+        prompts_per_sequence: How many of them are drawn for the sequences of a step, which are as long as the longest needs.
         decoded: Tokens decoded after each prompt.
         sequences: Sequences captured for the first stage; one in eight is held out to measure it.
         layerwise_steps: Steps a layer of the first stage, a sequence each: each layer matches its own dense output.
@@ -29,18 +29,18 @@ class TrainingOptions:
         checkpoint_every: Steps between checkpoints of the second stage.
     """
 
-    policies: tuple[str, ...] = ("h2o", "h2o", "sink_recent")
+    policies: tuple[str, ...] = ("h2o", "h2o", "sink_recent", "corm")
     least_budget: float = 0.02
     most_budget: float = 0.2
-    prompts: tuple[int, ...] = (256, 512, 1024, 2048)
+    prompts: tuple[int, ...] = (256, 512, 512, 1024, 1024, 2048)
     prompts_per_sequence: int = 1
-    decoded: int = 256
+    decoded: int = 128
     sequences: int = 24
     layerwise_steps: int = 0
-    joint_steps: int = 200
+    joint_steps: int = 400
     batch_size: int = 2
     layerwise_learning_rate: float = 2e-3
-    joint_learning_rate: float = 4e-3
+    joint_learning_rate: float = 8e-3
     memory: str = "soft_centroids"
     rank: int = 8
     hidden_size: int = 64
@@ -85,9 +85,13 @@ class Example:
 
 
 def draw_examples(options: TrainingOptions, stage: str, index: int) -> list[Example]:
-    """What sequence `index` of a stage is used for, shortest prompt first; a function of the seed and its arguments."""
+    """What sequence `index` of a stage is used for, shortest prompt first; a function of the seed and its arguments.
+
+    The sequences of a step have prompts of the same lengths, so that its processes take equally long.
+    """
+    of_step = random.Random(f"{options.seed}/{stage}/lengths/{index // options.batch_size}")
+    lengths = sorted(of_step.sample(options.prompts, min(len(options.prompts), options.prompts_per_sequence)))
     draw = random.Random(f"{options.seed}/{stage}/{index}")
-    lengths = sorted(draw.sample(options.prompts, min(len(options.prompts), options.prompts_per_sequence)))
     examples = []
     for length in lengths:
         fraction = math.exp(draw.uniform(math.log(options.least_budget), math.log(options.most_budget)))
