@@ -326,6 +326,9 @@ def bench(
         typer.Option(min=1, help="Measured runs of each, after one that warms up. Default: decode 7, prefill 5, batch 3."),
     ] = None,
     tokens: Annotated[int | None, typer.Option(min=1, help="Tokens decoded in a run. Default: decode 16, batch 4.")] = None,
+    compile: Annotated[
+        bool | None, typer.Option("--compile", help="In decode and batch: torch.compile where the cache is static.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of random weights and tokens.")] = 0,
     output: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the JSON line here too.")] = None,
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw a plot, such as decode.png.")] = None,
@@ -340,7 +343,7 @@ def bench(
 
     batch: the largest batch that fits into --memory, and its throughput.
 
-    Nothing is compiled. On a GPU generate compiles the static caches, so they are faster there than here.
+    Nothing is compiled without --compile. On a GPU generate compiles the static caches by itself.
     """
     given = {name: value for name, value in locals().items() if name not in ("benchmark", "output", "plot")}
     from less_cache.bench.command import run

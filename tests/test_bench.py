@@ -108,6 +108,21 @@ def test_reading_takes_the_seconds_of_the_model(folder):
     assert lengths == [2, 2, 1, 5]
 
 
+@pytest.mark.parametrize("compile", [False, True])
+def test_single_tokens_of_static_caches_are_compiled(folder, monkeypatch, compile):
+    compiled, calls = mock.Mock(), []
+    monkeypatch.setattr(torch, "compile", lambda model: compiled)
+    subject = contest(folder, budget=8, caches=CACHES, compile=compile)
+    for name in CACHES:
+        with torch.no_grad():
+            cache = subject.fill(name, 20, 1, more=2)
+            assert not compiled.called
+            subject.read(cache, subject.tokens(1, 2), 1)
+        calls += [name] * compiled.call_count
+        compiled.reset_mock()
+    assert calls == (["static", "static", "less_static", "less_static"] if compile else [])
+
+
 @pytest.mark.parametrize("benchmark", [decode, prefill])
 def test_progress_ends_at_the_number_of_runs(folder, benchmark):
     subject = contest(folder, rounds=2, tokens=2, contexts=(8, 12), caches=CACHES)
@@ -126,7 +141,7 @@ def test_defaults_are_each_benchmark_s():
     assert (given.caches, given.contexts) == (("static", "less"), (8, 9))
 
 
-TAKEN = {"batch": 2, "chunk": 8, "rounds": 1, "tokens": 1, "memory": 2**30}
+TAKEN = {"batch": 2, "chunk": 8, "rounds": 1, "tokens": 1, "memory": 2**30, "compile": True}
 
 
 @pytest.mark.parametrize("benchmark", DEFAULTS)

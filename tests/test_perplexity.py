@@ -45,7 +45,8 @@ def test_fractions_have_no_bytes_yet():
 def test_a_report_spares_what_it_has_measured(model, text, tmp_path, monkeypatch):  # noqa: F811
     """The same report as without it, by one measurement instead of six; another protocol is refused."""
     tiny.tiny_kernels(tiny.tiny_llama()).save_pretrained(tmp_path / "kernels")
-    words = ["eval", "perplexity", model, "--data", text, "--budget", 8, "--sequences", 2, "--prompt-length", 40, "--decoded", 8]
+    words = ["eval", "perplexity", model, "--data", text, "--budget", 8]
+    words += ["--sequences", 2, "--prompt-length", 40, "--decoded", 8]
     assert run(*words, "--output", tmp_path / "before.json").exit_code == 0
     words += ["--kernels", tmp_path / "kernels"]
     anew = json.loads(run(*words).stdout.splitlines()[-1])
@@ -54,7 +55,7 @@ def test_a_report_spares_what_it_has_measured(model, text, tmp_path, monkeypatch
     spared = json.loads(run(*words, "--known", tmp_path / "before.json").stdout.splitlines()[-1])
     assert spared == anew and len(calls) == 1
 
-    longer = run(*words[:-4], "--decoded", 9, "--known", tmp_path / "before.json")
+    longer = run(*words, "--decoded", 9, "--known", tmp_path / "before.json")
     assert longer.exit_code == 1 and "expected decoded 9, as in this measurement, got 8" in " ".join(longer.output.split())
 
 

@@ -13,8 +13,8 @@ from less_cache.bench.timing import Spread, alternate, ratios
 from less_cache.evaluation.perplexity import cache_bytes
 
 NOTE = (
-    "Full caches hold random keys and values; the others have read random tokens in chunks. Nothing is compiled; generate "
-    "compiles the static ones on a GPU. The ratio is to DynamicCache, round by round."
+    "Full caches hold random keys and values; the others have read random tokens in chunks. The static ones are compiled with "
+    "--compile alone, as generate does on a GPU. The ratio is to DynamicCache, round by round."
 )
 
 

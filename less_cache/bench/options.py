@@ -14,10 +14,10 @@ CACHES = ("dynamic", "static", "policy", "less", "less_static")
 # refuse some policies and models. Static caches read a prompt as the others do.
 USUAL = ("dynamic", "static", "policy", "less")
 DEFAULTS: dict[str, dict[str, Any]] = {
-    "decode": {"caches": USUAL, "batch": 1, "chunk": 512, "rounds": 7, "tokens": 16},
+    "decode": {"caches": USUAL, "batch": 1, "chunk": 512, "rounds": 7, "tokens": 16, "compile": False},
     "prefill": {"caches": ("dynamic", "policy", "less"), "batch": 1, "chunk": None, "rounds": 5},
     "memory": {"caches": USUAL, "batch": 1, "chunk": 512},
-    "batch": {"caches": USUAL, "memory": 0, "chunk": 512, "rounds": 3, "tokens": 4},
+    "batch": {"caches": USUAL, "memory": 0, "chunk": 512, "rounds": 3, "tokens": 4, "compile": False},
 }
 
 
@@ -40,6 +40,7 @@ class BenchOptions:
         threads: Of the processor; None: torch's default.
         rounds: Measured runs of each cache, one cache after the other, after one that warms up.
         tokens: Tokens decoded in a run.
+        compile: Decode with `torch.compile` where the cache is static, before anything is timed.
         memory: Bytes that weights and caches may take together; for `batch`, 0 for the others.
         seed: Of random weights, keys, values and tokens.
     """
@@ -58,6 +59,7 @@ class BenchOptions:
     threads: int | None = None
     rounds: int = 7
     tokens: int = 16
+    compile: bool = False
     memory: int = 0
     seed: int = 0
 
