@@ -31,7 +31,7 @@ layers = trained.config.layers
 hook.install()
 
 
-def centroids_left(task: LayerTask, sequence: int) -> list[float]:
+def centroids_left(task: LayerTask, layer_idx: int, sequence: int) -> list[float]:
     """As `LayerTask.losses`, but tokens that are evicted while decoding are lost."""
     shard, left = task.shard(sequence), []
     for index, decoded in enumerate(shard.decoded):
@@ -41,7 +41,7 @@ def centroids_left(task: LayerTask, sequence: int) -> list[float]:
         logits = attention_logits(queries, columns(keys, decode.order, p), decode.visible, shard.scaling)
         weights, log_sum = sparse_softmax(logits)
         alone = weights @ columns(values, decode.order, p)[:, :, None]
-        memory = untrained.for_layer(task.layer_idx)
+        memory = untrained.for_layer(layer_idx)
         state = memory.empty_state(1, keys.shape[1], keys.shape[-1], keys.device)
         positions = torch.arange(p).expand_as(decode.keep)
         memory.fold_in(state, keys[:, :, :p], values[:, :, :p], ~decode.keep, positions, torch.tensor([[[p]]]))
@@ -58,9 +58,9 @@ with tempfile.TemporaryDirectory() as folder, torch.no_grad():
     sampler = TokenSampler([[tokenize(Path(text).read_text(encoding="utf-8"), tokenizer)]])
     capture(model, sampler, options, Path(folder), layers, list(range(options.sequences)), lambda done: None)
     for layer_idx in layers:
-        task = LayerTask(layer_folder(Path(folder), layer_idx), layer_idx, options, trained.for_layer(layer_idx), model.device)
-        errors = [error for sequence in range(options.sequences) for error in centroids_left(task, sequence)]
-        row = {"trained": task.error_left(range(options.sequences)), "untrained": sum(errors) / len(errors)}
+        task = LayerTask(layer_folder(Path(folder), layer_idx), options, range(options.sequences), model.device)
+        errors = [error for sequence in task.sequences for error in centroids_left(task, layer_idx, sequence)]
+        row = {"trained": task.error_left(trained.for_layer(layer_idx)), "untrained": sum(errors) / len(errors)}
         results.append({name: round(value, 3) for name, value in row.items()})
 mean = {name: round(sum(row[name] for row in results) / len(results), 3) for name in results[0]}
 print(json.dumps({"kernels_sha256": trained.config.sha256, "text": Path(text).name, "mean": mean, "layers": results}))

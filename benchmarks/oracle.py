@@ -84,7 +84,7 @@ example = Example(p, H2O.from_budget(arguments.budget))
 losses: dict[str, float] = {"full": 0.0, "policy": 0.0} | {f"rank {rank}": 0.0 for rank in arguments.rank}
 with torch.no_grad():
     for tokens in stretches([arguments.text], tokenizer, arguments.sequences, p + n).split(1):
-        dense = teacher_cache(model.config, layers)
+        dense = teacher_cache(model.config, layers.config.layers)
         logits = {"full": model(tokens, past_key_values=dense, use_cache=True).logits[:, p - 1 :]}
         teachers = [layer for layer in dense.layers if isinstance(layer, TeacherLayer)]
         scores = [next(teacher.scores_after([example])) for teacher in teachers]

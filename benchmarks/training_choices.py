@@ -39,6 +39,7 @@ SETS: dict[str, dict] = {
     "no fading": {},
     "rank 16": {"rank": 16},
     "hidden 128": {"hidden_size": 128},
+    "half the rate": {"joint_learning_rate": TrainingOptions.joint_learning_rate / 2},
     "low_rank": {"memory": "low_rank", "joint_learning_rate": 1e-3},
 }
 USED = {"h2o": H2O(16, 16), "sink_recent": SinkRecent(4, 28), "corm": CORM(window=16, recent=16)}
@@ -64,7 +65,7 @@ def reset_without_fading(memory, generator=None, reset=LayerSoftCentroids.reset_
 def divergences(model, tokens: torch.Tensor, sets: dict[str, LESSKernels]) -> dict[str, dict[str, float]]:
     """KL of each policy alone and with each set to the full cache, in nats a token, on `tokens` `[b, p + n]`."""
     kernels = next(iter(sets.values()))  # which layers: the same in all
-    dense, span = teacher_cache(model.config, kernels), slice(PROMPT, PROMPT + DECODED)
+    dense, span = teacher_cache(model.config, kernels.config.layers), slice(PROMPT, PROMPT + DECODED)
     target = model(tokens, past_key_values=dense, use_cache=True, logits_to_keep=DECODED).logits.float().log_softmax(-1)
     teachers = [layer for layer in dense.layers if isinstance(layer, TeacherLayer)]
     result: dict[str, dict[str, float]] = {}

@@ -122,12 +122,6 @@ class LESSCache(Cache):
         own = StaticCache(config=config, max_cache_len=sys.maxsize) if static else DynamicCache(config=config)
         layers = list(own.layers)
         full_attention = full_attention_layers(config)
-        if not full_attention:
-            kinds = ", ".join(sorted({type(layer).__name__ for layer in layers}))
-            raise LESSError(
-                f"LESSCache cannot work with {config.get_text_config(decoder=True).model_type!r}: no full-attention layer to "
-                f"compress, its cache has {kinds} only. Use a DynamicCache."
-            )
         warn_untested(config.model_type)
         if kernels is not None:
             check_kernels(kernels, config, full_attention, loaded_model)

@@ -97,14 +97,14 @@ def train(
     output: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the kernels. The same command line goes on there.")],
     policy: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME", help="Policy to train with; repeatable. Default: h2o twice and sink_recent."),
+        typer.Option(metavar="NAME", help="Policy to train with; repeatable. Default: h2o twice, sink_recent and corm."),
     ] = None,
     budget: Annotated[
         str, typer.Option(metavar="SHARE[-SHARE]", help="Tokens kept, as a share of the tokens seen, or a range of it.")
     ] = "0.02-0.2",
     prompt_length: Annotated[
         list[int] | None,
-        typer.Option(min=1, metavar="TOKENS", help="Repeatable. Default: 256, 512, 1024 and 2048."),
+        typer.Option(min=1, metavar="TOKENS", help="Repeatable. Default: 256 to 2048, 512 and 1024 twice."),
     ] = None,
     sequences: Annotated[
         int, typer.Option(min=2, help="Sequences captured for the first stage, and texts of one's own that 'self' writes.")

@@ -90,7 +90,11 @@ def check_supported(config: PreTrainedConfig, model: PreTrainedModel | None = No
     if config.is_encoder_decoder:
         raise LESSError(f"Expected a decoder-only model, got {config.model_type!r}, an encoder-decoder model.")
     text_config = config.get_text_config(decoder=True)
-    if reason := REFUSED.get(config.model_type) or _refusal(text_config, model):
+    reason = REFUSED.get(config.model_type) or _refusal(text_config, model)
+    if reason is None and not full_attention_layers(config):
+        kinds = ", ".join(sorted({type(layer).__name__ for layer in DynamicCache(config=config).layers}))
+        reason = f"no full-attention layer to compress, its cache has {kinds} only"
+    if reason is not None:
         raise LESSError(f"LESSCache cannot work with {text_config.model_type!r}: {reason}. Use a DynamicCache.")
 
 

@@ -1,6 +1,8 @@
 """The command line on a tiny model from disk: every command to its end, and bad input in one line."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import tiny
@@ -94,8 +96,20 @@ def test_train_then_evaluate(model, text, tmp_path):
     assert report["results"][1][1]["policy"] == {"name": "h2o", "heavy": 6, "recent": 6}
 
 
-def test_train_on_own_text(model, tmp_path):
-    steps = ("--layerwise-steps", 1, "--joint-steps", 0, "--prompt-length", 8, "--sequences", 2, "--hidden-size", 4)
+@pytest.mark.parametrize("stages", [(1, 0), (0, 1)])
+def test_train_on_own_text(model, tmp_path, stages):
+    steps = (
+        "--layerwise-steps",
+        stages[0],
+        "--joint-steps",
+        stages[1],
+        "--prompt-length",
+        8,
+        "--sequences",
+        2,
+        "--hidden-size",
+        4,
+    )
     trained = run("train", model, "--data", "self", "--policy", "corm", "--output", tmp_path / "kernels", *steps)
     assert trained.exit_code == 0, trained.output
     assert "explained" in trained.output
@@ -107,6 +121,38 @@ def test_train_on_own_text(model, tmp_path):
     }
     again = run("train", model, "--data", "self", "--policy", "corm", "--output", tmp_path / "kernels", *steps)
     assert again.exit_code == 1 and "already holds kernels" in again.stderr
+
+
+def test_a_run_stopped_after_its_last_file_is_finished(model, text, tmp_path, monkeypatch):
+    words = (
+        "train",
+        model,
+        "--data",
+        text,
+        "--prompt-length",
+        8,
+        "--joint-steps",
+        1,
+        "--sequences",
+        2,
+        "--output",
+        tmp_path / "out",
+    )
+
+    remove = shutil.rmtree
+
+    def stop(folder, *args, **kwargs):
+        if Path(folder).name == "work":
+            raise KeyboardInterrupt
+        remove(folder, *args, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "rmtree", stop)
+        assert run(*words).exit_code != 0
+    assert (tmp_path / "out" / "work").exists()
+    again = run(*words)
+    assert again.exit_code == 0 and "is finished" in again.output
+    assert not (tmp_path / "out" / "work").exists() and LESSKernels.from_pretrained(tmp_path / "out")
 
 
 def test_a_dry_run_says_what_it_takes_and_writes_nothing(model, text, tmp_path):

@@ -14,6 +14,7 @@ import pytest
 import tiny
 import torch
 import zoo
+from transformers import MistralConfig, MistralForCausalLM
 
 from less_cache import CORM, H2O, LESSCache, LESSError, LESSKernels, SinkRecent, hook
 from less_cache.attention import attention_logits
@@ -111,7 +112,7 @@ def test_the_second_stage_sees_what_the_cache_computes(name):
     example = Example(p, SinkRecent(1, 3))
     hook.install()
     with torch.no_grad():
-        dense = teacher_cache(model.config, kernels)
+        dense = teacher_cache(model.config, kernels.config.layers)
         model(tokens, past_key_values=dense)
         teachers = [layer for layer in dense.layers if isinstance(layer, TeacherLayer)]
         scores = [next(teacher.scores_after([example])) for teacher in teachers]
@@ -154,7 +155,7 @@ def test_an_interrupted_run_ends_with_the_same_bytes(tmp_path, monkeypatch):
             train(tiny.tiny_llama(), sampler(), TINY, tmp_path / "resumed", interrupt)
     stages = []
     resumed = train(tiny.tiny_llama(), sampler(), TINY, tmp_path / "resumed", lambda stage, *_: stages.append(stage))
-    assert stages == ["joint"] * 2, "finished work was done again"
+    assert stages == ["layers"] * 2 + ["joint"] * 2 + ["capture"], "finished work was done again"
     assert equal(whole, resumed)
 
 
@@ -222,12 +223,24 @@ def test_trained_kernels_serve_the_cache(tmp_path):
     assert cache.get_seq_length() == 22
 
 
-def test_training_leaves_the_model_as_it_was(tmp_path):
+@pytest.mark.parametrize("fails", [False, True])
+def test_training_leaves_the_model_as_it_was(tmp_path, monkeypatch, fails):
+    """Flags, modes and the state of the random generator, whether it ends well or not."""
     model = tiny.tiny_llama().train()
+    model.model.layers[0].eval()
     model.model.norm.weight.requires_grad_(False)
     before = {name: (parameter.clone(), parameter.requires_grad) for name, parameter in model.named_parameters()}
-    train(model, sampler(), TINY, tmp_path / "run")
-    assert model.training
+    modes = [module.training for module in model.modules()]
+    draws = torch.random.get_rng_state()
+    if fails:
+        monkeypatch.setattr(joint_module, "kl_div", lambda *args, **kwargs: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train(model, sampler(), TINY, tmp_path / "run")
+    else:
+        kernels = train(model, sampler(), TINY, tmp_path / "run")
+        assert all(parameter.grad is None and not parameter.requires_grad for parameter in kernels.parameters())
+    assert [module.training for module in model.modules()] == modes
+    assert torch.equal(torch.random.get_rng_state(), draws)
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, before[name][0]) and parameter.requires_grad == before[name][1] and parameter.grad is None
 
@@ -266,8 +279,9 @@ def test_the_estimate_of_disk_is_what_capture_writes(tmp_path):
             )
             tensors += shard.keys.nbytes + shard.values.nbytes
             tensors += sum(tensor.nbytes for decoded in shard.decoded for tensor in vars(decoded).values())
+        tensors += model.model.layers[layer_idx].self_attn.o_proj.weight.nbytes
     kernels = 4 * 2 * (4 * (8 * 4 + 4 * 8) + 2 * (8 * 4 + 4 * 8 + 8 * 8 + 2 * 8))
-    assert estimate(model, dataclasses.replace(TINY, memory="low_rank")).disk == tensors + 5 * kernels
+    assert estimate(model, dataclasses.replace(TINY, memory="low_rank")).disk == tensors + 6 * kernels
 
 
 def test_a_model_writes_its_own_text(tmp_path):
@@ -277,6 +291,8 @@ def test_a_model_writes_its_own_text(tmp_path):
     assert len({tuple(text.tolist()) for text in texts}) == 3
     again = own_text(model, 3, 20, 0, tmp_path / "again")
     assert all(torch.equal(left, right) for left, right in zip(texts, again, strict=True))
+    other = own_text(model, 3, 20, 1, tmp_path)  # what another seed wrote is not taken
+    assert not any(torch.equal(left, right) for left, right in zip(texts, other, strict=True))
 
 
 class Characters:
@@ -312,6 +328,15 @@ def test_other_options_do_not_go_on(tmp_path, change):
         train(tiny.tiny_llama(), sampler(), dataclasses.replace(TINY, **change), tmp_path / "run")
 
 
+def test_other_texts_do_not_go_on(tmp_path):
+    train(tiny.tiny_llama(), sampler(), TINY, tmp_path / "run", described={"data": ["a"]})
+    with pytest.raises(LESSError, match="other options, texts"):
+        train(tiny.tiny_llama(), sampler(), TINY, tmp_path / "run", described={"data": ["b"]})
+    longer = TokenSampler([[torch.arange(301) * 7 % tiny.VOCAB]])
+    with pytest.raises(LESSError, match="other options, texts"):
+        train(tiny.tiny_llama(), longer, TINY, tmp_path / "run", described={"data": ["a"]})
+
+
 def test_another_model_does_not_go_on(tmp_path):
     train(tiny.tiny_llama(), sampler(), TINY, tmp_path / "run")
     with pytest.raises(LESSError, match="another model"):
@@ -319,8 +344,45 @@ def test_another_model_does_not_go_on(tmp_path):
 
 
 def test_a_text_that_is_too_short_is_refused(tmp_path):
-    with pytest.raises(LESSError, match="at least 14 tokens, got at most 10"):
-        train(tiny.tiny_llama(), TokenSampler([[torch.arange(10)]]), TINY, tmp_path / "run")
+    """Before anything is trained, whichever of the sources it is."""
+    short = TokenSampler([[torch.arange(300) % tiny.VOCAB], [torch.arange(10), torch.arange(13)]])
+    with pytest.raises(LESSError, match="at least 14 tokens, got at most 13 in source 2 of 2"):
+        train(tiny.tiny_llama(), short, TINY, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_model_that_cannot_be_trained_is_refused_at_once(tmp_path):
+    """One without a full-attention layer, and one whose recurrent layers the second stage cannot start in the middle."""
+    sliding = MistralForCausalLM(MistralConfig(**zoo.config("mistral").to_diff_dict() | {"sliding_window": 4})).eval()
+    with pytest.raises(LESSError, match="no full-attention layer to compress"):
+        train(sliding, sampler(), TINY, tmp_path / "run")
+    recurrent = zoo.build("jamba")
+    with pytest.raises(LESSError, match="Train with layerwise_steps=200, joint_steps=0"):
+        train(recurrent, sampler(), TINY, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_a_killed_process_was_writing_goes(tmp_path):
+    draft = tmp_path / "run" / "work" / "layers" / ".saving-x"
+    draft.mkdir(parents=True)
+    (draft / "layer_00.safetensors").write_text("half")
+    train(tiny.tiny_llama(), sampler(), TINY, tmp_path / "run")
+    assert not list((tmp_path / "run").rglob(".saving-*"))
+
+
+def test_layers_that_scale_differently_are_rolled_together():
+    """As each on its own: in GPT-2 every layer may have its own scaling."""
+    teachers, example = [], Example(20, H2O(3, 2))
+    for seed, scaling in enumerate((1.0, 0.25)):
+        teacher = TeacherLayer()
+        queries, keys, values = tiny.random_states(1, 4, 2, 30, 8, seed=seed)
+        teacher.attend(tiny.plain_attention, torch.nn.Identity(), queries, keys, values, None, scaling=scaling)
+        teachers.append(teacher)
+    scores = [next(teacher.scores_after([example])) for teacher in teachers]
+    together = roll_layers(teachers, example, scores, 10)
+    for index, decode in enumerate(together):
+        (alone,) = roll_layers(teachers[index : index + 1], example, scores[index : index + 1], 10)
+        assert torch.equal(decode.visible, alone.visible) and torch.equal(decode.order, alone.order)
 
 
 def test_a_loss_that_is_not_finite_keeps_the_finished_layers(tmp_path, monkeypatch):
@@ -330,6 +392,27 @@ def test_a_loss_that_is_not_finite_keeps_the_finished_layers(tmp_path, monkeypat
         train(model, sampler(), TINY, tmp_path)
     assert len(list((tmp_path / "work" / "layers").glob("*.safetensors"))) == 2
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("options, said", [(TINY, "Layer 0, step 0"), ({}, "Joint step 0")], ids=["layerwise", "joint"])
+def test_a_gradient_that_is_not_finite_is_never_stored(tmp_path, monkeypatch, options, said):
+    """The loss is, so nothing else would notice."""
+
+    class Spoiled(torch.autograd.Function):
+        @staticmethod
+        def forward(context, features):
+            return features.clone()
+
+        @staticmethod
+        def backward(context, gradient):
+            return gradient * torch.nan
+
+    class_ = type(tiny.layer_kernels(4, 2, 8, memory="soft_centroids"))
+    features = class_.key_features
+    monkeypatch.setattr(class_, "key_features", lambda self, keys: Spoiled.apply(features(self, keys)))
+    with pytest.raises(LESSError, match=said):
+        train(tiny.tiny_llama(), sampler(), options or dataclasses.replace(TINY, layerwise_steps=0), tmp_path)
+    assert {path.name for path in (tmp_path / "work").iterdir()} <= {"run.json", "capture"}
 
 
 def test_a_full_disk_keeps_the_finished_layers(tmp_path, monkeypatch):
@@ -348,7 +431,7 @@ def test_a_full_disk_keeps_the_finished_layers(tmp_path, monkeypatch):
         train(tiny.tiny_llama(), sampler(), TINY, tmp_path / "full")
     monkeypatch.setattr(os, "replace", real_replace)
     work = tmp_path / "full" / "work"
-    assert {path.name for path in work.iterdir()} == {"run.json", "layers", "joint.pt"}
+    assert {path.name for path in work.iterdir()} == {"run.json", "capture", "layers", "joint.pt"}
     assert len(list((work / "layers").iterdir())) == 2
     assert equal(
         train(tiny.tiny_llama(), sampler(), TINY, tmp_path / "full"),
@@ -364,6 +447,8 @@ def test_a_full_disk_keeps_the_finished_layers(tmp_path, monkeypatch):
         ({"least_budget": 0.3}, "least_budget <= most_budget"),
         ({"most_budget": 1.5}, "most_budget < 1"),
         ({"sequences": 1}, "2 or more sequences"),
+        ({"prompts": (0, 4)}, "prompts of at least 1 token, got 0"),
+        *(({name: 0}, f"{name} to be at least 1, got 0") for name in ("decoded", "batch_size", "checkpoint_every")),
     ],
 )
 def test_bad_options_are_refused(change, said):

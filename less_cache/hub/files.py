@@ -17,6 +17,7 @@ from less_cache.errors import LESSError
 CONFIG_NAME = "less_config.json"
 WEIGHTS_NAME = "less_kernels.safetensors"
 STORED = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # safetensors' names of what may be stored
+DRAFT = ".saving-"  # start of a folder's name in which files are made whole
 MOST_CONFIG_BYTES = 10_000_000  # beyond any real config; nothing larger is read into memory
 MOST_HEADER_BYTES = 1_000  # a tensor, in the safetensors header
 
@@ -106,7 +107,7 @@ def replace(folder: Path, contents: Mapping[str, bytes]) -> None:
     """Write files into `folder`, in this order, each in one atomic step once all of them are on the disk."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as draft:
+        with tempfile.TemporaryDirectory(dir=folder, prefix=DRAFT) as draft:
             for name, content in contents.items():
                 (Path(draft) / name).parent.mkdir(exist_ok=True)
                 with open(Path(draft) / name, "wb") as file:

@@ -83,7 +83,7 @@ class CaptureLayer(TeacherLayer):
         decoded = []
         for example, scores in zip(self.examples, self.scores_after(self.examples), strict=True):
             span = slice(example.prompt_length, example.prompt_length + self.steps)
-            decoded.append(Decoded(scores[0], self.queries[0, :, span], self.outputs[0, span].transpose(0, 1)))
+            decoded.append(Decoded(scores[0], self.queries[0, :, span], result[0][0, span].transpose(0, 1)))
         projection_path = self.folder / "projection.safetensors"
         if (projection := output_projection(module)) is not None and not projection_path.exists():
             save_tensors(projection_path, {"weight": projection})

@@ -20,7 +20,7 @@ from less_cache.training import plot
 from less_cache.training.cost import Cost, estimate
 from less_cache.training.data import OWN, TokenSampler, hub_text, own_text, text_files, tokenize
 from less_cache.training.options import TrainingOptions
-from less_cache.training.trainer import LOG_NAME, WORK_NAME, train
+from less_cache.training.trainer import LOG_NAME, WORK_NAME, check, train
 
 PLOT_NAME = "training.png"
 COLUMNS = (
@@ -41,10 +41,19 @@ def run(
     plots.figure(1)  # without matplotlib nothing is trained that could not be drawn
     for source in filter(is_path, data):
         text_files(Path(source))  # a wrong path is reported before the model is loaded
+    described = {
+        "data": [Path(source).name if is_path(source) else source for source in data],
+        "dtype": str(dtype).removeprefix("torch."),
+    }
     if (output / hub.CONFIG_NAME).exists():
+        if (output / WORK_NAME / "run.json").exists():  # stopped after its last file
+            shutil.rmtree(output / WORK_NAME)
+            console.print(f"{output} is finished.")
+            return
         raise LESSError(f"{output} already holds kernels. Choose another output folder, or remove it to train again.")
     processes = PartialState()
     model, tokenizer = models.load(model_name, dtype=dtype, device=processes.device)
+    check(model, options)
     cost = estimate(model, options)
     if dry_run:
         console.print(cost_table(cost))
@@ -52,20 +61,15 @@ def run(
     with Progress(*COLUMNS, console=console, disable=not processes.is_main_process) as progress:
         report = ProgressReport(progress, cost)
         sampler = TokenSampler([texts(source, model, tokenizer, options, output, report) for source in data])
-        kernels = train(model, sampler, options, output, report)
+        kernels = train(model, sampler, options, output, report, described)
     if not processes.is_main_process:
         return
-    kernels.config.base_model = model_name
-    kernels.config.training |= {
-        "data": [Path(source).name if is_path(source) else source for source in data],
-        "dtype": str(dtype).removeprefix("torch."),
-    }
-    kernels.save_pretrained(output)
-    shutil.rmtree(output / WORK_NAME)
     log = json.loads((output / LOG_NAME).read_text())
     files.replace(output, {PLOT_NAME: plots.image(plot.draw(log))})
-    if log["layers"]:
-        console.print(layer_table(log))
+    kernels.config.base_model = model_name
+    kernels.save_pretrained(output)  # last: from here on the folder holds kernels
+    shutil.rmtree(output / WORK_NAME)
+    console.print(layer_table(log))
     console.print(f"Wrote {output}. Try it: less-cache demo --model {model_name} --kernels {output}")
 
 
@@ -128,7 +132,7 @@ def cost_table(cost: Cost) -> Table:
 
 
 def layer_table(log: dict) -> Table:
-    """What the first stage reached in each layer."""
+    """What training reached in each layer."""
     table = Table(title="Share of the policy's error that is left, held-out sequences", box=box.SIMPLE_HEAD)
     for name in ("layer", "before", "after", "explained"):
         table.add_column(name, justify="right")

@@ -62,16 +62,19 @@ def estimate(model: PreTrainedModel, options: TrainingOptions) -> Cost:
         scores = sum(4 * g * example.prompt_length for example in examples)
         return itemsize * d * (2 * g * t + 2 * h * n * len(examples)) + scores
 
-    captured = [draw_examples(options, capture.STAGE, index) for index in range(options.sequences)]
+    text_config = model.config.get_text_config(decoder=True)
+    projections = layers * text_config.hidden_size * h * d * itemsize
+    captured = range(options.sequences) if options.layerwise_steps else options.held_out
+    examples = [draw_examples(options, capture.STAGE, index) for index in captured]
     drawn = [draw_examples(options, joint.STAGE, index) for index in range(options.joint_steps * options.batch_size)]
     kernel_bytes = 4 * layers * sum(math.prod(shape) for shape in MEMORIES[options.memory].shapes(h, g, d, m, r).values())
-    mean = sum(map(less, captured)) / len(captured)
+    mean = sum(map(less, examples)) / len(examples)
     longest = options.longest
     return Cost(
-        capture=sum(map(dense, captured)) if options.layerwise_steps else 0,
+        capture=sum(map(dense, examples)),
         layerwise=layers * options.layerwise_steps * mean,
         joint=sum(dense(each) + layers * less(each) + 6 * parameters * n * len(each) for each in drawn),
-        disk=(layers * sum(map(shard, captured)) if options.layerwise_steps else 0) + 5 * kernel_bytes,
+        disk=layers * sum(map(shard, examples)) + projections + 6 * kernel_bytes,
         memory=parameters * itemsize
         + (4 + 2 * options.batch_size) * kernel_bytes
         + (layers * longest * d * 2 * (h + g) * itemsize if options.joint_steps else 0),

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from less_cache.errors import LESSError
+from less_cache.families import fingerprint
 from less_cache.training.files import load_tensors, save_tensors
 
 OWN = "self"
@@ -27,17 +28,21 @@ class TokenSampler:
     def __init__(self, sources: Sequence[Sequence[torch.Tensor]]):
         self.sources = sources
 
+    def check(self, length: int) -> None:
+        """Raise `LESSError` unless every source has a text of `length` tokens."""
+        for index, texts in enumerate(self.sources):
+            if (longest := max(map(len, texts), default=0)) < length:
+                raise LESSError(
+                    f"Expected texts of at least {length} tokens, got at most {longest} in source {index + 1} of "
+                    f"{len(self.sources)}. Pass longer texts or shorter prompt lengths."
+                )
+
     def batch(self, batch_size: int, length: int, generator: torch.Generator) -> torch.Tensor:
-        """`[batch_size, length]` token ids, a function of `generator`'s state."""
+        """`[batch_size, length]` token ids, a function of `generator`'s state; see `check`."""
         rows = []
         for _ in range(batch_size):
             texts = self.sources[_draw([1.0] * len(self.sources), generator)]
             starts = [max(0, len(text) - length + 1) for text in texts]
-            if not sum(starts):
-                raise LESSError(
-                    f"Expected texts of at least {length} tokens, got at most {max(map(len, texts), default=0)}. "
-                    "Pass longer texts or shorter prompt lengths."
-                )
             text = texts[_draw(starts, generator)]
             start = int(torch.randint(len(text) - length + 1, (), generator=generator))
             rows.append(text[start : start + length])
@@ -99,10 +104,11 @@ def own_text(
 ) -> list[torch.Tensor]:
     """`sequences` texts `[length]` that the model samples at temperature 1, kept in `folder` as they are written."""
     texts: list[torch.Tensor] = []
+    origin = {"model": fingerprint(model), "seed": str(seed), "sequences": str(sequences), "length": str(length)}
     start = model.generation_config.bos_token_id
     for first in range(0, sequences, OWN_BATCH):
         batch_path = folder / f"own_{first:04d}.safetensors"
-        if not batch_path.exists():
+        if not batch_path.exists() or load_tensors(batch_path)[1] != origin:
             rows = min(OWN_BATCH, sequences - first)
             draw = random.Random(f"{seed}/own/{first}")
             vocabulary = model.get_input_embeddings().num_embeddings
@@ -120,7 +126,7 @@ def own_text(
                     max_new_tokens=length,
                     pad_token_id=0,
                 )
-            save_tensors(batch_path, {"tokens": written[:, 1:]})
+            save_tensors(batch_path, {"tokens": written[:, 1:]}, origin)
         texts += load_tensors(batch_path)[0]["tokens"].unbind(0)
         report("own text", len(texts), sequences)
     return texts

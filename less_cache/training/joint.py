@@ -8,7 +8,6 @@ the units' gradients are added in one order, so that any number of processes end
 Axes: `n` decoded tokens.
 """
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -56,10 +55,10 @@ class JointStage:
         units = [self._unit(first + index) for index in self.processes.share(range(options.batch_size))]
         total = self.processes.sum_in_order(units, options.batch_size, sum(self.sizes) + 1)
         loss = total[-1].item() / options.batch_size
-        if not math.isfinite(loss):
+        if not torch.isfinite(total).all():
             raise LESSError(
-                f"Joint step {self.step}: the loss is {loss}. The last checkpoint and the finished layers are kept; "
-                "choose another output folder and a lower joint_learning_rate."
+                f"Joint step {self.step}: the loss is {loss}, and it or a gradient is not finite. The last checkpoint and the "
+                "finished layers are kept; choose another output folder and a lower TrainingOptions.joint_learning_rate."
             )
         gradients = (total[:-1] / options.batch_size).split(self.sizes)
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
@@ -85,7 +84,7 @@ class JointStage:
         n = self.options.decoded
         spans = [slice(example.prompt_length, example.prompt_length + n) for example in examples]
         with torch.no_grad():
-            dense = teacher_cache(self.model.config, self.kernels)
+            dense = teacher_cache(self.model.config, self.kernels.config.layers)
             logits_at = torch.cat([torch.arange(span.start, span.stop) for span in spans]).to(tokens.device)
             targets = self.model(tokens, past_key_values=dense, use_cache=True, logits_to_keep=logits_at).logits.split(n, dim=1)
             teachers = [layer for layer in dense.layers if isinstance(layer, TeacherLayer)]

@@ -3,7 +3,7 @@
 Axes: `b` batch, `h` query heads, `g` KV heads, `n` queries, `t` tokens, `p` prompt tokens, `d` head dim.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -71,8 +71,7 @@ class DenseLayer(TrainingLayer):
 class TeacherLayer(TrainingLayer):
     """Runs the model's own attention on whole sequences and keeps what students need of them.
 
-    After a forward of `t` tokens it holds queries, keys, values, and the attention output, before the output
-    projection.
+    After a forward of `t` tokens it holds their queries, keys and values.
     """
 
     def attend(
@@ -83,12 +82,11 @@ class TeacherLayer(TrainingLayer):
         self.softcap, self.sinks = kwargs.get("softcap"), kwargs.get("s_aux")
         # [b, h or g, t, d]; detached, so that the keys' tag does not tie layer and keys into a cycle
         self.queries, self.keys, self.values = query_states, key_states.detach(), value_states
-        self.outputs = output  # [b, t, h, d]
         return output, weights
 
     def release(self) -> None:
         """Let go of all activations."""
-        self.queries = self.keys = self.values = self.outputs = None
+        self.queries = self.keys = self.values = None
 
     def scores_after(self, examples: Sequence[Example]) -> Iterator[torch.Tensor]:
         """For each example, shortest first, its policy's scores `[b, g, p]` after its prompt, densely attended.
@@ -142,7 +140,7 @@ class StudentLayer(TrainingLayer):
         return output.transpose(1, 2).to(query_states.dtype), None
 
 
-def teacher_cache(config: PreTrainedConfig, kernels: LESSKernels) -> Cache:
+def teacher_cache(config: PreTrainedConfig, with_kernels: Collection[int]) -> Cache:
     """A cache for a dense forward: a `TeacherLayer` where there are kernels, a `DenseLayer` elsewhere."""
     layers: list[Any] = []
     for index, layer in enumerate(DynamicCache(config=config).layers):
@@ -152,7 +150,7 @@ def teacher_cache(config: PreTrainedConfig, kernels: LESSKernels) -> Cache:
                 "which the second stage needs. Train with layerwise_steps=200, joint_steps=0."
             )
         is_sliding = type(layer) is DynamicSlidingWindowLayer
-        layers.append(DenseLayer(is_sliding) if kernels.for_layer(index) is None else TeacherLayer())
+        layers.append(TeacherLayer() if index in with_kernels else DenseLayer(is_sliding))
     return Cache(layers=layers)
 
 
@@ -174,6 +172,7 @@ def roll_layers(teachers: Sequence[TeacherLayer], example: Example, scores: Sequ
     The layers are rolled as one batch: they do not depend on one another. `scores`: each layer's `[b, g, p]`.
     """
     b, _, p = scores[0].shape
+    scaling = teachers[0].scaling  # of the batch; where layers differ, the difference goes into the queries
     span = slice(p, p + steps)
     counts = example.policy.resolve(torch.full((b * len(teachers),), p, device=scores[0].device)).T[:, :, None, None]
     sinks = None
@@ -181,11 +180,11 @@ def roll_layers(teachers: Sequence[TeacherLayer], example: Example, scores: Sequ
         sinks = torch.cat([teacher.sinks.expand(b, -1) for teacher in teachers])
     decode = roll(
         example.policy,
-        torch.cat([teacher.queries[:, :, span] for teacher in teachers]),
+        torch.cat([teacher.queries[:, :, span] * (teacher.scaling / scaling) for teacher in teachers]),
         torch.cat([teacher.keys[:, :, : span.stop] for teacher in teachers]),
         torch.cat(list(scores)),
         counts,
-        teachers[0].scaling,
+        scaling,
         teachers[0].softcap,
         sinks,
     )

@@ -28,7 +28,9 @@ ROLLED_AT_ONCE = 16  # examples
 
 @dataclasses.dataclass(frozen=True)
 class LayerRecord:
-    """How well one layer's kernels do on the held-out sequences: shares of the policy's error left, and losses."""
+    """How well one layer's kernels do on the held-out sequences, shares of the policy's error left before and after training,
+    and the first stage's losses.
+    """
 
     layer: int
     before: float
@@ -37,10 +39,10 @@ class LayerRecord:
 
 
 class LayerTask:
-    """Kernels of one layer, its shards, and what the policy keeps at every step of every example."""
+    """One layer's shards of `sequences`, and what the policy keeps at every step of their examples."""
 
-    def __init__(self, folder: Path, layer_idx: int, options: TrainingOptions, kernels: TrainedMemory, device: torch.device):
-        self.folder, self.layer_idx, self.options, self.kernels, self.device = folder, layer_idx, options, kernels, device
+    def __init__(self, folder: Path, options: TrainingOptions, sequences: Sequence[int], device: torch.device):
+        self.folder, self.options, self.sequences, self.device = folder, options, sequences, device
         path = folder / "projection.safetensors"
         self.projection = load_tensors(path, device)[0]["weight"] if path.exists() else None  # [hidden, h·d]
         self.decodes = self._roll()
@@ -52,7 +54,7 @@ class LayerTask:
     def _roll(self) -> dict[tuple[int, int], Decode]:
         """By sequence and example. Those of one prompt length and policy are rolled as one batch."""
         groups = collections.defaultdict(list)
-        for sequence in range(self.options.sequences):
+        for sequence in self.sequences:
             for index, example in enumerate(draw_examples(self.options, STAGE, sequence)):
                 groups[example.prompt_length, example.policy.name].append((sequence, index, example))
         decodes = {}
@@ -77,8 +79,8 @@ class LayerTask:
                     decodes[sequence, index] = decode
         return decodes
 
-    def losses(self, sequence: int) -> list[torch.Tensor]:
-        """Share of the policy's error left, for each example of a sequence."""
+    def losses(self, kernels: TrainedMemory, sequence: int) -> list[torch.Tensor]:
+        """Share of the policy's error that `kernels` leave, for each example of a sequence."""
         shard = self.shard(sequence)
         losses = []
         for index, decoded in enumerate(shard.decoded):
@@ -91,7 +93,7 @@ class LayerTask:
             constants = logits, shard.scaling, shard.softcap, shard.sinks
             with torch.no_grad():
                 alone = self._projected(attend(decode, queries, keys, values, None, *constants) - target)
-            error = self._projected(attend(decode, queries, keys, values, self.kernels, *constants) - target)
+            error = self._projected(attend(decode, queries, keys, values, kernels, *constants) - target)
             losses.append(error.square().mean() / alone.square().mean().clamp_min(1e-12))
         return losses
 
@@ -102,8 +104,9 @@ class LayerTask:
         return (error.transpose(1, 2).flatten(2).to(self.projection.dtype) @ self.projection.T).float()
 
     @torch.no_grad()
-    def error_left(self, sequences: Sequence[int]) -> float:
-        losses = [loss.item() for sequence in sequences for loss in self.losses(sequence)]
+    def error_left(self, kernels: TrainedMemory) -> float:
+        """Share of the policy's error that `kernels` leave, mean over all examples."""
+        losses = [loss.item() for sequence in self.sequences for loss in self.losses(kernels, sequence)]
         return sum(losses) / len(losses)
 
 
@@ -114,44 +117,43 @@ def train_layer(
     kernels: TrainedMemory,
     device: torch.device,
     advance: Callable[[int, float], object] = lambda done, loss: None,
-) -> LayerRecord:
-    """Fit `kernels`, in place, to the shards in `folder`. A function of the shards, the options and `layer_idx`."""
+) -> list[float]:
+    """Fit `kernels`, in place, to the shards in `folder`; returns the losses. A function of the shards, the options,
+    `layer_idx` and the weights that the kernels have.
+    """
     kernels.to(device).requires_grad_(True)
-    kernels.reset_parameters(torch.Generator().manual_seed(options.seed * 1_000_003 + layer_idx))
-    task = LayerTask(folder, layer_idx, options, kernels, device)
-    held_out = range(options.sequences - options.held_out, options.sequences)
+    task = LayerTask(folder, options, range(options.held_out.start), device)
     optimizer = torch.optim.Adam(kernels.parameters())
     draw = random.Random(f"{options.seed}/layer/{layer_idx}")
-    before = task.error_left(held_out)
     losses: list[float] = []
     epoch: list[int] = []
     for step in range(options.layerwise_steps):
         if not epoch:
-            epoch = draw.sample(range(held_out.start), held_out.start)
+            epoch = draw.sample(task.sequences, len(task.sequences))
         for group in optimizer.param_groups:
             group["lr"] = cosine(options.layerwise_learning_rate, step / options.layerwise_steps)
         optimizer.zero_grad()
-        loss = torch.stack(task.losses(epoch.pop())).mean()
-        if not torch.isfinite(loss):
-            raise LESSError(
-                f"Layer {layer_idx}, step {step}: the loss is {loss.item()}. Finished layers are kept; "
-                "choose another output folder and a lower layerwise_learning_rate."
-            )
+        loss = torch.stack(task.losses(kernels, epoch.pop())).mean()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(kernels.parameters(), 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(kernels.parameters(), 1.0)
+        if not torch.isfinite(loss + norm):
+            raise LESSError(
+                f"Layer {layer_idx}, step {step}: the loss is {loss.item()}, and it or a gradient is not finite. Finished "
+                "layers are kept; choose another output folder and a lower TrainingOptions.layerwise_learning_rate."
+            )
         optimizer.step()
         losses.append(loss.item())
         advance(len(losses), losses[-1])
     kernels.requires_grad_(False)
-    return LayerRecord(layer_idx, before, task.error_left(held_out), losses)
+    return losses
 
 
-def save_layer(path: Path, kernels: TrainedMemory, record: LayerRecord) -> None:
-    save_tensors(path, kernels.state_dict(), {"record": json.dumps(dataclasses.asdict(record))})
+def save_layer(path: Path, kernels: TrainedMemory, losses: list[float]) -> None:
+    save_tensors(path, kernels.state_dict(), {"losses": json.dumps(losses)})
 
 
-def load_layer(path: Path, kernels: TrainedMemory) -> LayerRecord:
-    """Read a finished layer into `kernels`."""
+def load_layer(path: Path, kernels: TrainedMemory) -> list[float]:
+    """Read a finished layer into `kernels`; returns its losses."""
     tensors, metadata = load_tensors(path)
     kernels.load_state_dict(tensors)
-    return LayerRecord(**json.loads(metadata["record"]))
+    return json.loads(metadata["losses"])

@@ -19,7 +19,8 @@ class TrainingOptions:
         prompts: Prompt lengths; one named twice is drawn twice as often.
         prompts_per_sequence: How many of them are drawn for the sequences of a step, which are as long as the longest needs.
         decoded: Tokens decoded after each prompt.
-        sequences: Sequences captured for the first stage; one in eight is held out to measure it.
+        sequences: Sequences captured for the first stage; one in eight is held out to measure what each layer has reached,
+            with the first stage or without.
         layerwise_steps: Steps a layer of the first stage, a sequence each: each layer matches its own dense output.
         joint_steps: Steps of the second stage: all layers run under LESS, the model's output distribution is matched.
         batch_size: Sequences a step of the second stage.
@@ -53,6 +54,11 @@ class TrainingOptions:
         for name in ("policies", "prompts"):
             if not getattr(self, name):
                 raise LESSError(f"TrainingOptions: expected at least one of {name}, got none.")
+        for name in ("prompts_per_sequence", "decoded", "batch_size", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise LESSError(f"TrainingOptions: expected {name} to be at least 1, got {getattr(self, name)}.")
+        if min(self.prompts) < 1:
+            raise LESSError(f"TrainingOptions: expected prompts of at least 1 token, got {min(self.prompts)}.")
         if not 0 < self.least_budget <= self.most_budget < 1:
             raise LESSError(
                 "TrainingOptions: expected 0 < least_budget <= most_budget < 1, "
@@ -71,9 +77,9 @@ class TrainingOptions:
         return max(self.prompts) + self.decoded
 
     @property
-    def held_out(self) -> int:
-        """Captured sequences that measure the first stage."""
-        return max(1, self.sequences // 8)
+    def held_out(self) -> range:
+        """Captured sequences that measure each layer and are not trained on in the first stage: the last ones."""
+        return range(self.sequences - max(1, self.sequences // 8), self.sequences)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,7 @@ SMOOTHED = 20  # steps that a point of the joint curve averages
 
 
 def draw(log: dict[str, Any]) -> Any:
-    """A panel for each stage that ran: what the first left of each layer's error, and the second one's loss."""
+    """What is left of each layer's error, and the second stage's loss where it ran."""
     stages = [(draw_stage, log[key]) for key, draw_stage in (("layers", draw_layers), ("joint", draw_joint)) if log[key]]
     figure, panels = plots.figure(len(stages))
     for axes, (draw_stage, record) in zip(panels, stages, strict=True):
@@ -19,7 +19,7 @@ def draw(log: dict[str, Any]) -> Any:
 def draw_layers(axes: Any, records: list[dict]) -> None:
     axes.bar([record["layer"] for record in records], [record["after"] for record in records], color="tab:blue")
     axes.axhline(1, color="gray", linewidth=0.8)
-    axes.set(xlabel="layer", ylabel="share of the policy's error left", title="Each layer on its own (held out)")
+    axes.set(xlabel="layer", ylabel="share of the policy's error left", title="Each layer's own error (held out)")
 
 
 def draw_joint(axes: Any, losses: list[float]) -> None:

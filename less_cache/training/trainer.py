@@ -5,15 +5,17 @@ under the policy, for several prompt lengths, budgets and policies.
 
 A run keeps what it has finished in `work/` in its output folder: `capture/` (see `capture.py`), `layers/layer_05.safetensors`
 for each layer that is done, and `joint.pt`. The same call goes on there after any interruption and ends with the same
-bytes.
+bytes. At the end each layer is measured on the held-out sequences.
 """
 
+import copy
 import dataclasses
 import io
 import json
 import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from transformers import PreTrainedModel
@@ -22,13 +24,16 @@ from less_cache import hook
 from less_cache.config import LESSConfig
 from less_cache.errors import LESSError
 from less_cache.families import check_supported, fingerprint, full_attention_layers, geometry
+from less_cache.hub.files import DRAFT
 from less_cache.kernels import LESSKernels
+from less_cache.memory import TrainedMemory
 from less_cache.policies import USUAL_BUDGET, policy_class
 from less_cache.training.capture import capture, layer_folder
 from less_cache.training.data import TokenSampler
 from less_cache.training.files import write_whole
 from less_cache.training.joint import JointStage
-from less_cache.training.layerwise import LayerRecord, load_layer, save_layer, train_layer
+from less_cache.training.layers import teacher_cache
+from less_cache.training.layerwise import LayerRecord, LayerTask, load_layer, save_layer, train_layer
 from less_cache.training.options import TrainingOptions
 from less_cache.training.processes import Processes
 
@@ -49,17 +54,28 @@ def silent(stage: str, done: int, total: int, loss: float | None = None) -> None
     pass
 
 
+def check(model: PreTrainedModel, options: TrainingOptions) -> None:
+    """Raise `LESSError` for a model that cannot be trained so."""
+    check_supported(model.config, model)
+    if options.joint_steps:
+        teacher_cache(model.config, full_attention_layers(model.config))
+
+
 def train(
     model: PreTrainedModel,
     sampler: TokenSampler,
     options: TrainingOptions,
     output: Path,
     report: Report = silent,
+    described: Mapping[str, Any] | None = None,
 ) -> LESSKernels:
-    """Train kernels for `model`; goes on where an interrupted run of the same options stopped.
+    """Train kernels for `model`; goes on where an interrupted run of the same options, texts and model stopped.
 
     The model stays as it is: its parameters get no gradients while training and their flags are restored after.
     Started by `accelerate launch`, the processes share sequences and layers; all return the same kernels.
+
+    Args:
+        described: What else the config's `training` shall say, such as the names of the texts.
 
     Returns:
         The kernels, with what they were trained on and with in their config. What each layer reached and the second
@@ -67,23 +83,33 @@ def train(
 
     Raises:
         LESSError: The model cannot work with a LESSCache, the texts are too short, the loss is not finite, the disk is
-            full, or the output folder holds a run of other options. What was finished stays in the folder.
+            full, or the output folder holds another run. What was finished stays in the folder.
     """
-    check_supported(model.config, model)
+    check(model, options)
+    sampler.check(options.longest)
     hook.install()
-    flags = [parameter.requires_grad for parameter in model.parameters()]
-    was_training = model.training
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    modes = [(module, module.training) for module in model.modules()]
     model.requires_grad_(False).eval()
     try:
-        return _Run(model, sampler, options, output, report).go()
+        return _Run(model, sampler, options, output, report, described or {}).go()
     finally:
-        model.train(was_training)
-        for parameter, flag in zip(model.parameters(), flags, strict=True):
+        for parameter, flag in flags:
             parameter.requires_grad_(flag)
+        for module, training in modes:
+            module.training = training
 
 
 class _Run:
-    def __init__(self, model: PreTrainedModel, sampler: TokenSampler, options: TrainingOptions, output: Path, report: Report):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        sampler: TokenSampler,
+        options: TrainingOptions,
+        output: Path,
+        report: Report,
+        described: Mapping[str, Any],
+    ):
         self.model, self.sampler, self.options, self.output = model, sampler, options, output
         self.processes = Processes(model.device)
         self.report = report if self.processes.is_first else silent
@@ -97,16 +123,20 @@ class _Run:
             model_type=model.config.get_text_config(decoder=True).model_type,
             base_model_fingerprint=fingerprint(model),
             policy=policy_class(options.policies[0]).from_budget(USUAL_BUDGET).to_dict(),
-            training=json.loads(json.dumps(dataclasses.asdict(options))),
+            training=json.loads(json.dumps({**dataclasses.asdict(options), **described})),
         )
-        self.kernels = LESSKernels(config)
+        with torch.random.fork_rng(devices=[]):  # weights that the stages draw anew: the user's generator stays where it is
+            self.kernels = LESSKernels(config)
 
     def go(self) -> LESSKernels:
         self.claim_folder()
-        records = self.layerwise()
+        layer_losses = self.layerwise()
         losses = self.joint()
+        self.capture(self.options.held_out)
         kernels = self.kernels.requires_grad_(False)
+        kernels.zero_grad()
         if self.processes.is_first:
+            records = [self.measure(layer_idx, each) for layer_idx, each in layer_losses.items()]
             log = {
                 "options": dataclasses.asdict(self.options),
                 "layers": [dataclasses.asdict(record) for record in records],
@@ -117,41 +147,61 @@ class _Run:
         return kernels
 
     def claim_folder(self) -> None:
-        """A folder belongs to one model and one set of options."""
+        """A folder belongs to one model, one set of options and the same texts. What a killed process was writing goes."""
         path = self.work / "run.json"
-        run = json.dumps({"options": dataclasses.asdict(self.options), "model": self.kernels.config.base_model_fingerprint})
-        if self.processes.is_first and not path.exists():
-            write_whole(path, run.encode())
+        config = self.kernels.config
+        run = json.dumps(
+            {
+                **config.training,
+                "model": config.base_model_fingerprint,
+                "tokens": [sum(map(len, each)) for each in self.sampler.sources],
+            }
+        )
+        if self.processes.is_first:
+            for draft in [*self.output.rglob(f"{DRAFT}*")]:
+                shutil.rmtree(draft, ignore_errors=True)
+            if not path.exists():
+                write_whole(path, run.encode())
         self.processes.wait()
         if (found := path.read_text()) != run:
             raise LESSError(
-                f"{self.output} holds a run of other options or another model: expected {run}, got {found}. "
+                f"{self.output} holds a run of other options, texts or another model: expected {run}, got {found}. "
                 "Repeat the options to go on, or choose another output folder."
             )
 
-    def layerwise(self) -> list[LayerRecord]:
-        """Capture, then every layer on its own; finished layers are read back."""
+    def layerwise(self) -> dict[int, list[float]]:
+        """Capture, then every layer on its own; finished layers are read back. Returns the losses of each."""
         options, layers = self.options, self.kernels.config.layers
         finished = {layer_idx: self.work / "layers" / f"layer_{layer_idx:02d}.safetensors" for layer_idx in layers}
-        if options.layerwise_steps and not all(path.exists() for path in finished.values()):
-            self.capture()
+        if options.layerwise_steps:
+            if not all(path.exists() for path in finished.values()):
+                self.capture(range(options.sequences))
             mine = self.processes.share(layers)
             for done, layer_idx in enumerate(mine, start=1):
                 if not finished[layer_idx].exists():
                     self.train_layer(layer_idx, finished[layer_idx])
                 self.report("layers", done, len(mine))
             self.processes.wait()
-        if not options.layerwise_steps:
-            for layer_idx in layers:
-                self.kernels.for_layer(layer_idx).reset_parameters(torch.Generator().manual_seed(options.seed + layer_idx))
-            return []
-        records = [load_layer(finished[layer_idx], self.kernels.for_layer(layer_idx)) for layer_idx in layers]
-        if self.processes.is_first:
-            shutil.rmtree(self.work / "capture", ignore_errors=True)
-        return records
+            return {layer_idx: load_layer(finished[layer_idx], self.kernels.for_layer(layer_idx)) for layer_idx in layers}
+        for layer_idx in layers:
+            self.reset(self.kernels.for_layer(layer_idx), layer_idx)
+        return {layer_idx: [] for layer_idx in layers}
 
-    def capture(self) -> None:
-        mine = self.processes.share(range(self.options.sequences))
+    def reset(self, kernels: TrainedMemory, layer_idx: int) -> None:
+        """The weights that training starts from."""
+        kernels.reset_parameters(torch.Generator().manual_seed(self.options.seed + layer_idx))
+
+    def measure(self, layer_idx: int, losses: list[float]) -> LayerRecord:
+        """What a layer's kernels leave of the policy's error on the held-out sequences, before training and now."""
+        kernels = self.kernels.for_layer(layer_idx)
+        start = copy.deepcopy(kernels)
+        self.reset(start, layer_idx)
+        folder = layer_folder(self.work / "capture", layer_idx)
+        task = LayerTask(folder, self.options, self.options.held_out, self.model.device)
+        return LayerRecord(layer_idx, task.error_left(start), task.error_left(kernels), losses)
+
+    def capture(self, sequences: Sequence[int]) -> None:
+        mine = self.processes.share(sequences)
         capture(
             self.model,
             self.sampler,
@@ -165,7 +215,8 @@ class _Run:
 
     def train_layer(self, layer_idx: int, path: Path) -> None:
         kernels = self.kernels.for_layer(layer_idx)
-        record = train_layer(
+        self.reset(kernels, layer_idx)
+        losses = train_layer(
             layer_folder(self.work / "capture", layer_idx),
             layer_idx,
             self.options,
@@ -173,7 +224,7 @@ class _Run:
             self.model.device,
             lambda done, loss: self.report(f"layer {layer_idx}", done, self.options.layerwise_steps, loss),
         )
-        save_layer(path, kernels, record)
+        save_layer(path, kernels, losses)
 
     def joint(self) -> list[float]:
         path = self.work / "joint.pt"
