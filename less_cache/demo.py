@@ -109,11 +109,18 @@ def load(console: Console, model_name: str) -> tuple[Any, Any]:
 
 
 def find_kernels(model: Any, policy_name: str) -> LESSKernels | None:
-    """The catalogue's kernels for the model's weights: those trained with the policy, or else the first; None without any."""
+    """The catalogue's kernels for the model's weights: those trained with the policy, or else the first; without any the
+    untrained state, and None for a model whose heads differ in size.
+    """
     sources = catalogue.find(None, fingerprint(model))
     local = [source for source in sources if Path(source).is_dir()]
     found = [LESSKernels.from_pretrained(source) for source in local or sources]
-    return next(iter(sorted(found, key=lambda kernels: (kernels.config.policy or {}).get("name") != policy_name)), None)
+    if found:
+        return min(found, key=lambda kernels: (kernels.config.policy or {}).get("name") != policy_name)
+    try:
+        return LESSKernels.untrained(model)
+    except LESSError:
+        return None
 
 
 def shown(kernels: LESSKernels) -> str:

@@ -66,9 +66,15 @@ def test_demo_asks_the_catalogue(model, text, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for policy, folder in (("h2o", "a"), ("sink_recent", "b"), ("corm", "b")):
         assert demo.find_kernels(tiny.tiny_llama(), policy).source == str(tmp_path / folder)
-    assert demo.find_kernels(tiny.tiny_llama(vocab_size=98), "h2o") is None
+    assert demo.find_kernels(tiny.tiny_llama(vocab_size=98), "h2o").source == "untrained"
     result = run("demo", "--model", model, "--prompt-file", text, "--max-new-tokens", 1, "--budget", 12)
     assert result.exit_code == 0 and "\nkernels  a\n" in result.output, result.output
+
+
+def test_demo_of_a_model_without_kernels_shows_the_untrained_state(model, text, monkeypatch):
+    monkeypatch.setattr(catalogue, "PATHS", ())
+    result = run("demo", "--model", model, "--prompt-file", text, "--max-new-tokens", 1, "--budget", 12)
+    assert result.exit_code == 0 and "\nkernels  untrained\n" in result.output and "LESS on h2o" in result.output, result.output
 
 
 def test_demo_without_kernels_says_so(model, text):
