@@ -297,8 +297,8 @@ def bench(
         typer.Option(
             "--cache",
             metavar="NAME",
-            help=f"{', '.join(CACHES)}; repeatable. Default: all but less_static, which needs a policy with a budget; prefill "
-            "leaves out static too.",
+            help=f"{', '.join(CACHES)}; repeatable. Default: all but policy_static and less_static, which need a policy "
+            "with a budget; prefill leaves out static too.",
         ),
     ] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Sequences at once; not of the benchmark batch. Default: 1.")] = None,
@@ -343,7 +343,8 @@ def bench(
 
     batch: the largest batch that fits into --memory, and its throughput.
 
-    Nothing is compiled without --compile. On a GPU generate compiles the static caches by itself.
+    On a processor the steps of policy_static and less_static compile themselves. Nothing else is compiled without --compile;
+    on a GPU generate compiles around all static caches by itself.
     """
     given = {name: value for name, value in locals().items() if name not in ("benchmark", "output", "plot")}
     from less_cache.bench.command import run

@@ -365,14 +365,14 @@ class LESSLayer(CacheLayerMixin):
         if fused is not None and fused.can(self, call) and (output := fused.step(self, call)) is not None:
             return output
         key_states, value_states, real = call.key_states, call.value_states, call.real
-        b, g, _, d = key_states.shape
+        b, g, _, _ = key_states.shape
         counts = self._counts()
         slot = self.positions.argmin(dim=-1, keepdim=True)  # [b, g, 1], an empty one
         arrival = self.seen.int().view(b, 1, 1).expand(b, g, 1)
         self.positions.scatter_(-1, slot, arrival)
         self.scores.scatter_(-1, slot, self.policy.arrival(arrival))
-        self.keys.scatter_(2, slot.unsqueeze(-1).expand(b, g, 1, d), key_states)
-        self.values.scatter_(2, slot.unsqueeze(-1).expand(b, g, 1, value_states.shape[-1]), value_states)
+        _write(self.keys, slot, key_states)
+        _write(self.values, slot, value_states)
 
         observes = self.policy.observed(counts, 1) > 0
         attended = call.query_states, self.keys, self.values, (self.positions >= 0).unsqueeze(2), call.scaling
@@ -546,6 +546,18 @@ class LESSLayer(CacheLayerMixin):
     def _counts(self) -> torch.Tensor:
         """The policy's token counts in the form that its methods take, `[f, b, 1, 1]`."""
         return self.counts.T[:, :, None, None]
+
+
+def _write(columns: torch.Tensor, slot: torch.Tensor, states: torch.Tensor) -> None:
+    """Put the states `[b, g, 1, d]` of one token into the columns `[b, g, c, d]` at `slot` `[b, g, 1]`, in place.
+
+    A compiler turns `scatter_` into a copy of all columns, but not an assignment, which takes more operations uncompiled.
+    """
+    if torch.compiler.is_compiling():
+        rows, heads = (torch.arange(size, device=slot.device) for size in slot.shape[:2])
+        columns[rows[:, None], heads, slot.squeeze(-1)] = states.squeeze(2)
+    else:
+        columns.scatter_(2, slot.unsqueeze(-1).expand_as(states), states)
 
 
 def _fused(call: AttentionCall) -> Any:

@@ -63,7 +63,7 @@ def test_every_cache_is_filled_to_the_context_and_goes_on(folder, sequences):
         assert cache.get_seq_length() == 42
         if isinstance(cache, LESSCache):
             assert cache.layers[0].keys.shape[:3] == (sequences, 2, 9)
-            assert cache.is_compileable == (name == "less_static") and (cache.kernels is None) == (name == "policy")
+            assert cache.is_compileable == name.endswith("_static") and (cache.kernels is None) == name.startswith("policy")
 
 
 @pytest.mark.parametrize("sequences", [1, 3])
@@ -120,7 +120,7 @@ def test_single_tokens_of_static_caches_are_compiled(folder, monkeypatch, compil
             subject.read(cache, subject.tokens(1, 2), 1)
         calls += [name] * compiled.call_count
         compiled.reset_mock()
-    assert calls == (["static", "static", "less_static", "less_static"] if compile else [])
+    assert calls == ([name for name in CACHES if "static" in name for _ in range(2)] if compile else [])
 
 
 @pytest.mark.parametrize("benchmark", [decode, prefill])

@@ -30,6 +30,7 @@ def run(benchmark: str, options: BenchOptions, output: Path | None, picture: Pat
         "static": "StaticCache",
         "policy": f"{options.policy} alone",
         "less": f"LESS on {options.policy}",
+        "policy_static": f"{options.policy} alone, static",
         "less_static": f"LESS on {options.policy}, static",
     }
     labels = {name: label for name, label in labels.items() if name in options.caches}

@@ -53,8 +53,8 @@ class Contest:
             return DynamicCache(config=config)
         if name == "static":
             return StaticCache(config=config, max_cache_len=context + more)
-        kernels = None if name == "policy" else self.kernels
-        return LESSCache(config, policy=self.policy(context), kernels=kernels, static=name == "less_static")
+        kernels = None if name.startswith("policy") else self.kernels
+        return LESSCache(config, policy=self.policy(context), kernels=kernels, static=name.endswith("_static"))
 
     def policy(self, context: int) -> EvictionPolicy:
         """The policy with the budget at a context, in tokens."""

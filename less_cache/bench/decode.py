@@ -13,8 +13,9 @@ from less_cache.bench.timing import Spread, alternate, ratios
 from less_cache.evaluation.perplexity import cache_bytes
 
 NOTE = (
-    "Full caches hold random keys and values; the others have read random tokens in chunks. The static ones are compiled with "
-    "--compile alone, as generate does on a GPU. The ratio is to DynamicCache, round by round."
+    "Full caches hold random keys and values; the others have read random tokens in chunks. With "
+    "--compile, the models around static caches are compiled, as generate does on a GPU. The ratio is to DynamicCache, "
+    "round by round."
 )
 
 

@@ -75,7 +75,7 @@ def formula(contest: Contest, name: str, context: int) -> int | None:
         return None
     c, f = int(capacity) + 1, counts.shape[1]
     total = layers * b * (g * c * (2 * i * d + 8) + 8 * f + 9)
-    if name != "policy" and contest.kernels is not None:
+    if name.startswith("less") and contest.kernels is not None:
         memories = (contest.kernels.for_layer(index) for index in contest.kernels.config.layers or [])
         total += sum(4 * b * g * memory.num_virtual_tokens * (d + memory.extra_dims + 1) for memory in memories)
     return total

@@ -8,10 +8,10 @@ from less_cache.errors import LESSError
 from less_cache.policies import policy_class
 
 # By these names in the reports; the first is what others are compared with.
-CACHES = ("dynamic", "static", "policy", "less", "less_static")
+CACHES = ("dynamic", "static", "policy", "less", "policy_static", "less_static")
 
-# What a benchmark takes beside the options of all, with its defaults. Static LESS is measured where it is asked for: its layers
-# refuse some policies and models. Static caches read a prompt as the others do.
+# What a benchmark takes beside the options of all, with its defaults. Our static forms are measured where they are asked for:
+# their layers refuse some policies and models. Static caches read a prompt as the others do.
 USUAL = ("dynamic", "static", "policy", "less")
 DEFAULTS: dict[str, dict[str, Any]] = {
     "decode": {"caches": USUAL, "batch": 1, "chunk": 512, "rounds": 7, "tokens": 16, "compile": False},

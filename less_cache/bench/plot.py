@@ -9,6 +9,7 @@ STYLES: dict[str, dict[str, Any]] = {  # static caches dashed: they often lie on
     "static": {"color": "tab:gray", "linestyle": "--"},
     "policy": {"color": "tab:orange"},
     "less": {"color": "tab:blue"},
+    "policy_static": {"color": "tab:red", "linestyle": "--"},
     "less_static": {"color": "tab:cyan", "linestyle": "--"},
 }
 
