@@ -25,6 +25,7 @@ from less_cache.recording import Recording
 QUERY_BLOCK = 256  # queries attended at once in a block: memory is O(QUERY_BLOCK · columns)
 SPARE_SLOTS = 64  # a policy without a budget gets this many free slots at a time
 FUSED_ON: set[str] = set()  # types of device where a step may be Triton's, see `fused`: none until a GPU has run it
+READ_AT_ONCE = {"cpu"}  # types of device whose tensors Python reads without waiting
 REACH = 1024  # tokens after which a recording that nobody crops ends
 PER_ROW = ("keys", "values", "positions", "scores", "seen", "counts", "settled")
 
@@ -318,7 +319,7 @@ class LESSLayer(CacheLayerMixin):
                 raise LESSError(f"{where}: attention argument {name!r} is not supported. Use a DynamicCache.")
 
     def _real_tokens(self, attention_mask: torch.Tensor | None, n: int) -> torch.Tensor | None:
-        """Which new tokens are not padding, `[b, n]`, read off the last query's row; None: all."""
+        """Which new tokens are not padding, `[b, n]`, read off the last query's row; None: all, where a look is for free."""
         if attention_mask is None:
             return None
         if not isinstance(attention_mask, torch.Tensor) or attention_mask.dim() not in (2, 4):
@@ -331,8 +332,10 @@ class LESSLayer(CacheLayerMixin):
                 f"Layer {self.layer_idx}: expected one mask for all heads, got a mask of shape {list(attention_mask.shape)}."
             )
         last = attention_mask[:, -n:] if attention_mask.dim() == 2 else attention_mask[:, 0, -1, -n:]
-        real = last.expand(self.seen.shape[0], n)
-        return real if real.dtype == torch.bool else _additive_to_bool(real)
+        real = last if last.dtype == torch.bool else _additive_to_bool(last)
+        if real.device.type in READ_AT_ONCE and not torch.compiler.is_compiling() and real.all():
+            return None
+        return real.expand(self.seen.shape[0], n)
 
     def _seen_again(self, position_ids: torch.Tensor | None, n: int) -> int:
         """How many of `n` new tokens were seen before: assisted decoding starts with the whole conversation, unsliced."""
