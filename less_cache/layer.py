@@ -554,11 +554,12 @@ class LESSLayer(CacheLayerMixin):
 def _write(columns: torch.Tensor, slot: torch.Tensor, states: torch.Tensor) -> None:
     """Put the states `[b, g, 1, d]` of one token into the columns `[b, g, c, d]` at `slot` `[b, g, 1]`, in place.
 
-    A compiler turns `scatter_` into a copy of all columns, but not an assignment, which takes more operations uncompiled.
+    A compiler turns `scatter_` into a copy of all columns, but not `index_copy_`, which takes more operations uncompiled.
     """
     if torch.compiler.is_compiling():
-        rows, heads = (torch.arange(size, device=slot.device) for size in slot.shape[:2])
-        columns[rows[:, None], heads, slot.squeeze(-1)] = states.squeeze(2)
+        b, g, c, d = columns.shape
+        first = torch.arange(0, b * g * c, c, device=slot.device)  # of each head's columns among all
+        columns.view(-1, d).index_copy_(0, first + slot.flatten(), states.reshape(-1, d))
     else:
         columns.scatter_(2, slot.unsqueeze(-1).expand_as(states), states)
 
