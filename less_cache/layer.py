@@ -25,6 +25,7 @@ from less_cache.recording import Recording
 QUERY_BLOCK = 256  # queries attended at once in a block: memory is O(QUERY_BLOCK · columns)
 SPARE_SLOTS = 64  # a policy without a budget gets this many free slots at a time
 FUSED_ON: set[str] = set()  # types of device where a step may be Triton's, see `fused`: none until a GPU has run it
+COMPILES_WELL = torch.__version__ >= "2.13"  # torch 2.11 makes code of `index_copy_` that does not run
 READ_AT_ONCE = {"cpu"}  # types of device whose tensors Python reads without waiting
 REACH = 1024  # tokens after which a recording that nobody crops ends
 PER_ROW = ("keys", "values", "positions", "scores", "seen", "counts", "settled")
@@ -556,7 +557,7 @@ def _write(columns: torch.Tensor, slot: torch.Tensor, states: torch.Tensor) -> N
 
     A compiler turns `scatter_` into a copy of all columns, but not `index_copy_`, which takes more operations uncompiled.
     """
-    if torch.compiler.is_compiling():
+    if COMPILES_WELL and torch.compiler.is_compiling():
         b, g, c, d = columns.shape
         first = torch.arange(0, b * g * c, c, device=slot.device)  # of each head's columns among all
         columns.view(-1, d).index_copy_(0, first + slot.flatten(), states.reshape(-1, d))

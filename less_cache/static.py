@@ -11,11 +11,12 @@ from torch._dynamo.exc import TorchDynamoException
 
 from less_cache.call import AttentionCall
 from less_cache.errors import LESSError
-from less_cache.layer import LESSLayer
+from less_cache.layer import COMPILES_WELL, LESSLayer
 from less_cache.memory import LayerMemory
 from less_cache.policies import EvictionPolicy
 
-COMPILED_ON = {"cpu"}  # types of device where a step compiles itself: on a GPU generate compiles the model around it
+# Types of device where a step compiles itself: on a GPU generate compiles the model around it.
+COMPILED_ON = {"cpu"} if COMPILES_WELL else set()
 _failed = False
 
 
@@ -27,7 +28,8 @@ class StaticLESSLayer(LESSLayer):
     the model around them is.
 
     On a processor, where nobody compiles the model around it, a step goes through `torch.compile` by itself: once for all
-    layers of the same shapes, at the first token. Where that fails, as without a C++ compiler, PyTorch takes its usual way.
+    layers of the same shapes, at the first token. With torch before 2.13, and where
+    compiling fails, as without a C++ compiler, PyTorch takes its usual way.
 
     The shapes are those that the first prompt gives: budgets in tokens never change them, a fraction of the prompt does
     with the next prompt after a `reset`, and so does another batch size. Then new buffers come, and a step is compiled anew.
