@@ -28,8 +28,8 @@ class StaticLESSLayer(LESSLayer):
     the model around them is.
 
     On a processor, where nobody compiles the model around it, a step goes through `torch.compile` by itself: once for all
-    layers of the same shapes, at the first token. With torch before 2.13, and where
-    compiling fails, as without a C++ compiler, PyTorch takes its usual way.
+    layers of the same shapes, at the first token. With torch before 2.13, and where compiling fails, as without a C++ compiler,
+    PyTorch takes its usual way.
 
     The shapes are those that the first prompt gives: budgets in tokens never change them, a fraction of the prompt does
     with the next prompt after a `reset`, and so does another batch size. Then new buffers come, and a step is compiled anew.
@@ -133,7 +133,7 @@ def _compiled_step(layer: LESSLayer, call: AttentionCall) -> torch.Tensor:
 
 @functools.cache
 def _compile() -> Callable[[LESSLayer, AttentionCall], torch.Tensor]:
-    return torch.compile(LESSLayer._step, fullgraph=True)
+    return torch.compile(LESSLayer._step)  # one graph; fullgraph=True would raise where torch has compiled enough others
 
 
 def _in_place(tensor: torch.Tensor) -> torch.Tensor:

@@ -350,7 +350,7 @@ def compile_steps(monkeypatch):
     monkeypatch.setattr(static, "_failed", False)
 
     def with_backend(backend):
-        step = torch.compile(LESSLayer._step, fullgraph=True, backend=backend)
+        step = torch.compile(LESSLayer._step, backend=backend)
         monkeypatch.setattr(static, "_compile", lambda: step)
         return backend
 
@@ -376,6 +376,17 @@ def test_other_shapes_compile_at_most_twice(compile_steps):
         prompt = {"input_ids": torch.randint(1, 97, (2, 30))}
         assert torch.equal(generate(model, compiled_steps, prompt).sequences, generate(model, dynamic, prompt).sequences)
     assert backend.graphs == 2  # for one number of slots, then for any
+
+
+@torch._dynamo.config.patch(recompile_limit=1)
+def test_beyond_what_torch_compiles_steps_run_as_they_are(compile_steps):
+    model, backend = tiny_llama(), compile_steps(Backend("aot_eager"))
+    for kernels in (*KERNELS.values(), tiny_kernels):
+        dynamic, compiled_steps = both(model, POLICIES[0], kernels)
+        prompt = padded_prompts()
+        assert torch.equal(generate(model, compiled_steps, prompt).sequences, generate(model, dynamic, prompt).sequences)
+        assert_same_state(compiled_steps, dynamic, exactly=False)
+    assert backend.graphs == 1
 
 
 def test_without_a_compiler_it_says_so_once_and_goes_on(compile_steps):
