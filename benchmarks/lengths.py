@@ -52,7 +52,7 @@ def main(
     console.print(table)
     report = {
         "benchmark": "lengths",
-        "model": model_name,
+        "model": Path(model_name).name if Path(model_name).exists() else model_name,
         "kernels_sha256": kernels.config.sha256,
         "data": [path.name for path in data],
         **{"sequences": sequences, "decoded": decoded, "dtype": dtype},
