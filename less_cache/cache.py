@@ -88,7 +88,8 @@ class LESSCache(Cache):
     >>> config = LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, vocab_size=99, **heads)
     >>> model = LlamaForCausalLM(config).eval()
     >>> cache = LESSCache(model, policy=H2O(heavy=4, recent=4))
-    >>> model.generate(torch.arange(40)[None], past_key_values=cache, max_new_tokens=10, do_sample=False).shape
+    >>> options = {"min_new_tokens": 10, "max_new_tokens": 10, "do_sample": False}
+    >>> model.generate(torch.arange(40)[None], past_key_values=cache, **options).shape
     torch.Size([1, 50])
     >>> cache.get_seq_length(), cache.layers[0].keys.shape
     (49, torch.Size([1, 2, 9, 8]))
