@@ -1,6 +1,6 @@
 """The policy alone beside LESS at many lengths, budgets and policies: at none should LESS be the worse one.
 
-    python benchmarks/lengths.py MODEL KERNELS --data novel.txt --data news.txt --length 256 --length 8192
+    python benchmarks/lengths.py MODEL KERNELS --data novel.txt --data news.txt --length 256 --length 8192 --budget 0.05
 
 Each sequence is read at once but for the last tokens, which are decoded one by one through the real cache. Measured: nats a
 token of each, and in how many sequences LESS is ahead. Prints a table, and one JSON line last.
@@ -8,6 +8,7 @@ token of each, and in how many sequences LESS is ahead. Prints a table, and one 
 
 import json
 import math
+import statistics
 from pathlib import Path
 from typing import Annotated
 
@@ -43,12 +44,12 @@ def main(
     for tokens in length:
         texts = stretches(data, tokenizer, sequences, tokens)
         for used in (policy_class(name).from_budget(round(b * tokens)) for name in policy or POLICIES for b in budget):
-            alone, less = (nats(model, texts, used, state, decoded) for state in (None, kernels))
-            ahead = sum(mine < other for mine, other in zip(less, alone, strict=True))
-            row = {"length": tokens, "policy": used.to_dict(), "alone": mean(alone), "less": mean(less), "ahead": ahead}
-            rows.append(row)
-            table.add_row(f"{tokens:,}", repr(used), f"{row['alone']:.4f}", f"{row['less']:.4f}", f"{ahead} of {sequences}")
-            console.print(f"{tokens:,} {used}: {row['alone']:.4f}, {row['less']:.4f}")
+            by_sequence = [nats(model, texts, used, state, decoded) for state in (None, kernels)]
+            ahead = sum(less < alone for alone, less in zip(*by_sequence, strict=True))
+            alone, less = map(statistics.fmean, by_sequence)
+            rows.append({"length": tokens, "policy": used.to_dict(), "alone": alone, "less": less, "ahead": ahead})
+            table.add_row(f"{tokens:,}", repr(used), f"{alone:.4f}", f"{less:.4f}", f"{ahead} of {sequences}")
+            console.print(f"{tokens:,} {used}: {alone:.4f}, {less:.4f}")
     console.print(table)
     report = {
         "benchmark": "lengths",
@@ -73,10 +74,6 @@ def nats(model, texts: torch.Tensor, policy: EvictionPolicy, kernels: LESSKernel
 
     prompt_length = texts.shape[1] - decoded
     return [math.log(perplexity(model, text[None], make, prompt_length, 1, lambda: None)[0]) for text in texts]
-
-
-def mean(numbers: list[float]) -> float:
-    return sum(numbers) / len(numbers)
 
 
 if __name__ == "__main__":
