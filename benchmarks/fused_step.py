@@ -34,7 +34,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 MODULE = torch.nn.Identity().eval()
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MEMORY_NAMES = (None, *MEMORIES)
-FORMS = {"pytorch": set(), "fused": {DEVICE.type}}  # what `FUSED_ON` is set to
+FORMS = {"pytorch": {}, "fused": {DEVICE.type: "less_cache.fused"}}  # what `FUSED` is set to
 SHOWN = {"output": "output", "scores": "scores", "values_sum": "H", "features_sum": "z"}
 
 
@@ -128,7 +128,7 @@ def timing(rounds: int, steps: int = 100) -> list[dict]:
 @torch.no_grad()
 def read(layer: LESSLayer, block: list[torch.Tensor], form: str) -> torch.Tensor:
     """Give a layer tokens, a single one in the given form; its output."""
-    layer_module.FUSED_ON = FORMS[form]
+    layer_module.FUSED = FORMS[form]
     query_states, key_states, value_states = block
     key_states, value_states = layer.update(key_states, value_states)
     return layer.attend(no_attention, MODULE, query_states, key_states, value_states, None)[0]

@@ -15,7 +15,7 @@ counted as operations that are neither views nor empty tensors (`tests/test_fuse
 `attention.less_attention`, and `observe`, `protected`, `capacity` and `victim` of the policies in `POLICIES`.
 
 It has run through Triton's interpreter alone, and been compiled for GPUs, never on one: speed unmeasured, and off until it has.
-`less_cache.layer.FUSED_ON.add("cuda")` turns it on.
+`less_cache.layer.FUSED["cuda"] = "less_cache.fused"` turns it on.
 
 A model compiled with torch.compile never comes here. Needs triton: nothing but `layer` imports this module, on a GPU.
 

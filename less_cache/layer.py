@@ -4,9 +4,11 @@ Axes: `b` batch, `h` query heads, `g` KV heads, `s` = h / g, `n` new tokens, `c`
 `r` rank, `f` token counts of the policy.
 """
 
+import contextlib
 import copy
 import dataclasses
 import functools
+import importlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -24,7 +26,8 @@ from less_cache.recording import Recording
 
 QUERY_BLOCK = 256  # queries attended at once in a block: memory is O(QUERY_BLOCK · columns)
 SPARE_SLOTS = 64  # a policy without a budget gets this many free slots at a time
-FUSED_ON: set[str] = set()  # types of device where a step may be Triton's, see `fused`: none until a GPU has run it
+# The module that has the fused form of a step, by type of device. Triton's, `less_cache.fused`, waits for a GPU to run it.
+FUSED = {"cpu": "less_cache.native"}
 COMPILES_WELL = torch.__version__ >= "2.13"  # torch 2.11 makes code of `index_copy_` that does not run
 READ_AT_ONCE = {"cpu"}  # types of device whose tensors Python reads without waiting
 REACH = 1024  # tokens after which a recording that nobody crops ends
@@ -277,7 +280,7 @@ class LESSLayer(CacheLayerMixin):
     def take_in(self, call: AttentionCall) -> torch.Tensor | None:
         """Read the new tokens and take them in: attention output `[b, h, n, d]`, or None where the model's own gives it."""
         n = call.num_tokens
-        with torch.autocast(call.query_states.device.type, enabled=False):  # scores and the state stay in float32
+        with _no_autocast(call.query_states.device.type):  # scores and the state stay in float32
             if self.keys is None or (n > 1 and not self.record_past):
                 output = self._block(call)
             elif n == 1:
@@ -565,21 +568,26 @@ def _write(columns: torch.Tensor, slot: torch.Tensor, states: torch.Tensor) -> N
         columns.scatter_(2, slot.unsqueeze(-1).expand_as(states), states)
 
 
+def _no_autocast(device_type: str) -> contextlib.AbstractContextManager:
+    if not torch.is_autocast_enabled(device_type):
+        return contextlib.nullcontext()  # turning it off takes a while even where it is off
+    return torch.autocast(device_type, enabled=False)
+
+
 def _fused(call: AttentionCall) -> Any:
-    """The module of the fused step where it may run, else None. torch.compile fuses the step in its own way."""
-    if torch.compiler.is_compiling() or call.query_states.device.type not in FUSED_ON:
+    """The module of the fused step for the call's device, or None. torch.compile fuses the step in its own way."""
+    if torch.compiler.is_compiling() or call.query_states.device.type not in FUSED:
         return None
-    return _with_triton()
+    return _module(FUSED[call.query_states.device.type])
 
 
 @functools.cache
-def _with_triton() -> Any:
-    """The module `fused`, imported at its first use; None without triton."""
+def _module(name: str) -> Any:
+    """The module of this name, imported at its first use; None where what it needs is not installed, as triton."""
     try:
-        from less_cache import fused
+        return importlib.import_module(name)
     except ImportError:
         return None
-    return fused
 
 
 def _additive_to_bool(mask: torch.Tensor) -> torch.Tensor:

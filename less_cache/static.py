@@ -1,23 +1,16 @@
 """A layer of fixed shapes and addresses, for `torch.compile` and CUDA graphs."""
 
 import copy
-import functools
-import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch._dynamo import mark_static_address
-from torch._dynamo.exc import TorchDynamoException
 
 from less_cache.call import AttentionCall
 from less_cache.errors import LESSError
-from less_cache.layer import COMPILES_WELL, LESSLayer
+from less_cache.layer import LESSLayer
 from less_cache.memory import LayerMemory
 from less_cache.policies import EvictionPolicy
-
-# Types of device where a step compiles itself: on a GPU generate compiles the model around it.
-COMPILED_ON = {"cpu"} if COMPILES_WELL else set()
-_failed = False
 
 
 class StaticLESSLayer(LESSLayer):
@@ -26,10 +19,6 @@ class StaticLESSLayer(LESSLayer):
     A step works in place in any layer. Here what brings new tensors, a block or a change of rows, is copied into the
     buffers that are there; `reset` keeps them. The number of tokens seen is a tensor. Blocks are never compiled, even where
     the model around them is.
-
-    On a processor, where nobody compiles the model around it, a step goes through `torch.compile` by itself: once for all
-    layers of the same shapes, at the first token. With torch before 2.13, and where compiling fails, as without a C++ compiler,
-    PyTorch takes its usual way.
 
     The shapes are those that the first prompt gives: budgets in tokens never change them, a fraction of the prompt does
     with the next prompt after a `reset`, and so does another batch size. Then new buffers come, and a step is compiled anew.
@@ -74,11 +63,6 @@ class StaticLESSLayer(LESSLayer):
         self.set_tensors(self.tensors())
         return output
 
-    def _step(self, call: AttentionCall) -> torch.Tensor:
-        if torch.compiler.is_compiling() or call.query_states.device.type not in COMPILED_ON:
-            return super()._step(call)
-        return _compiled_step(self, call)
-
     def set_tensors(self, tensors: Mapping[str, torch.Tensor]) -> None:
         for name, tensor in tensors.items():
             buffer = self._buffers.get(name)
@@ -110,30 +94,6 @@ class StaticLESSLayer(LESSLayer):
             f"Layer {self.layer_idx}: a cache with static=True cannot give tokens back, which assisted and prompt-lookup "
             "decoding need. Use static=False."
         )
-
-
-def _compiled_step(layer: LESSLayer, call: AttentionCall) -> torch.Tensor:
-    """`LESSLayer._step` through `torch.compile`, which compiles before it changes anything; as it is where that fails."""
-    global _failed
-    if not _failed:
-        try:
-            return _compile()(layer, call)
-        except TorchDynamoException as error:
-            _failed = True
-            cause = getattr(error, "inner_exception", error)  # what the compiler's backend raised
-            reason = " ".join(str(cause).split())[:300]
-            warnings.warn(
-                f"less_cache: torch.compile does not work here ({type(cause).__name__}: {reason}). Steps run uncompiled, as "
-                "without static=True, with the same result in more operations.",
-                RuntimeWarning,
-                stacklevel=2,
-            )
-    return LESSLayer._step(layer, call)
-
-
-@functools.cache
-def _compile() -> Callable[[LESSLayer, AttentionCall], torch.Tensor]:
-    return torch.compile(LESSLayer._step)  # one graph; fullgraph=True would raise where torch has compiled enough others
 
 
 def _in_place(tensor: torch.Tensor) -> torch.Tensor:

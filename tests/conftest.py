@@ -12,8 +12,6 @@ from hub_server import HubServer
 from huggingface_hub import constants
 from hypothesis import HealthCheck, settings
 
-from less_cache import static
-
 SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large]  # drawing is cheap here, running is not
 settings.register_profile("ci", derandomize=True, deadline=None, max_examples=30, suppress_health_check=SLOW)
 settings.register_profile("dev", deadline=None, max_examples=200, suppress_health_check=SLOW)
@@ -23,7 +21,6 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["fused_cases.py"]
 
 torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
-static.COMPILED_ON.clear()  # it takes seconds; test_static.py alone does it
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""The fused step: when it is taken, what it falls back to, that it compiles for GPUs. What it computes: `fused_cases.py`."""
+"""The fused step of GPUs: when it is taken, what it falls back to, that it compiles. What it computes: `fused_cases.py`."""
 
 import contextlib
 import os
@@ -11,6 +11,7 @@ from unittest import mock
 import pytest
 import tiny
 import torch
+from step_cases import taken_by
 from test_ops import full_layer, step
 
 pytest.importorskip("triton", reason="triton is not installed here")
@@ -44,10 +45,15 @@ TYPES = {
 }
 
 
+@pytest.fixture(autouse=True)
+def no_other_form(monkeypatch):
+    monkeypatch.setattr(layer_module, "FUSED", {})
+
+
 @contextlib.contextmanager
 def fusing(**changed):
     """Steps on a processor are offered to the fused form as those on a GPU are. `changed`: names of `fused`."""
-    with mock.patch.object(layer_module, "FUSED_ON", {"cpu"}), mock.patch.multiple(fused, _failed=False, **changed):
+    with taken_by(fused), mock.patch.multiple(fused, _failed=False, **changed):
         yield
 
 
@@ -69,16 +75,11 @@ def test_same_as_pytorch():
 # When it is taken
 
 
-def test_a_processor_never_asks_for_it():
-    with mock.patch.object(layer_module, "_with_triton", side_effect=AssertionError):
-        outputs()
-
-
 def test_torch_compile_never_asks_for_it():
     with (
         fusing(),
         mock.patch("torch.compiler.is_compiling", return_value=True),
-        mock.patch.object(layer_module, "_with_triton", side_effect=AssertionError),
+        mock.patch.object(layer_module, "_module", side_effect=AssertionError),
     ):
         outputs()
 
@@ -110,14 +111,13 @@ def test_without_triton(monkeypatch):
     monkeypatch.delitem(sys.modules, "less_cache.fused")
     monkeypatch.delattr("less_cache.fused")
     monkeypatch.setitem(sys.modules, "triton", None)  # importing it raises
-    monkeypatch.setattr(layer_module, "FUSED_ON", {"cpu"})
-    layer_module._with_triton.cache_clear()
+    layer_module._module.cache_clear()
     try:
-        assert layer_module._with_triton() is None
-        with warnings.catch_warnings(action="error"):
+        with taken_by(fused), warnings.catch_warnings(action="error"):
             assert torch.equal(outputs()[0], expected)
+            assert layer_module._module("less_cache.fused") is None
     finally:
-        layer_module._with_triton.cache_clear()
+        layer_module._module.cache_clear()
 
 
 def test_a_kernel_that_does_not_run_warns_once():

@@ -28,6 +28,11 @@ MODULE = torch.nn.Identity().eval()
 each_case = pytest.mark.parametrize("policy, kernels", MOST)
 
 
+@pytest.fixture(autouse=True)
+def in_pytorch(monkeypatch):
+    monkeypatch.setattr("less_cache.layer.FUSED", {})
+
+
 class Operations(TorchDispatchMode):
     """Names of all operations, and the sizes of the tensors that they allocate."""
 

@@ -3,7 +3,6 @@
 import copy
 import functools
 import shutil
-import warnings
 
 import pytest
 import torch
@@ -14,7 +13,7 @@ from torch._inductor.utils import run_and_get_code
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CompileConfig, PreTrainedModel
 
-from less_cache import CORM, H2O, LESSCache, LESSError, LESSKernels, SinkRecent, layer, static
+from less_cache import CORM, H2O, LESSCache, LESSError, LESSKernels, SinkRecent, layer
 from less_cache.layer import LESSLayer
 
 POLICIES = [H2O(heavy=4, recent=3), H2O(heavy=0.2, recent=0.1), SinkRecent(sinks=2, recent=5)]
@@ -340,90 +339,23 @@ def test_chunks_of_a_prompt_in_a_compiled_model():
     assert_same_state(static, dynamic, exactly=False)
 
 
-# Steps that compile themselves, on a processor
-
-
-@pytest.fixture
-def compile_steps(monkeypatch):
-    """Factory: steps compile themselves with `backend`; returns it."""
-    monkeypatch.setattr(static, "COMPILED_ON", {"cpu"})
-    monkeypatch.setattr(static, "_failed", False)
-
-    def with_backend(backend):
-        step = torch.compile(LESSLayer._step, backend=backend)
-        monkeypatch.setattr(static, "_compile", lambda: step)
-        return backend
-
-    return with_backend
-
-
-@each_policy
-@each_kernels
-def test_one_graph_for_the_steps_of_all_layers(policy, kernels, compile_steps):
-    model, prompt, backend = tiny_llama(), padded_prompts(), compile_steps(Backend("aot_eager"))
-    dynamic, compiled_steps = both(model, policy, kernels)
-    expected, output = generate(model, dynamic, prompt), generate(model, compiled_steps, prompt)
-    assert torch.equal(output.sequences, expected.sequences)
-    torch.testing.assert_close(torch.stack(output.logits), torch.stack(expected.logits), rtol=0, atol=1e-4)
-    assert_same_state(compiled_steps, dynamic, exactly=False)
-    assert backend.graphs == 1
-
-
-def test_other_shapes_compile_at_most_twice(compile_steps):
-    model, backend = tiny_llama(), compile_steps(Backend("aot_eager"))
-    for heavy in range(4, 12):
-        dynamic, compiled_steps = both(model, H2O(heavy, 3))
-        prompt = {"input_ids": torch.randint(1, 97, (2, 30))}
-        assert torch.equal(generate(model, compiled_steps, prompt).sequences, generate(model, dynamic, prompt).sequences)
-    assert backend.graphs == 2  # for one number of slots, then for any
-
-
-@torch._dynamo.config.patch(recompile_limit=1)
-def test_beyond_what_torch_compiles_steps_run_as_they_are(compile_steps):
-    model, backend = tiny_llama(), compile_steps(Backend("aot_eager"))
-    for kernels in (*KERNELS.values(), tiny_kernels):
-        dynamic, compiled_steps = both(model, POLICIES[0], kernels)
-        prompt = padded_prompts()
-        assert torch.equal(generate(model, compiled_steps, prompt).sequences, generate(model, dynamic, prompt).sequences)
-        assert_same_state(compiled_steps, dynamic, exactly=False)
-    assert backend.graphs == 1
-
-
-def test_without_a_compiler_it_says_so_once_and_goes_on(compile_steps):
-    def no_compiler(graph, inputs):
-        raise RuntimeError("no C++ compiler\nfound")
-
-    compile_steps(no_compiler)
-    torch._dynamo.reset()
-    model, prompt = tiny_llama(), padded_prompts()
-    dynamic, compiled_steps = both(model)
-    with pytest.warns(
-        RuntimeWarning, match=r"torch\.compile does not work here \(RuntimeError: no C\+\+ compiler found\)\. Steps run"
-    ):
-        output = generate(model, compiled_steps, prompt)
-    assert torch.equal(output.sequences, generate(model, dynamic, prompt).sequences)
-    assert_same_state(compiled_steps, dynamic)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        read(model, compiled_steps, torch.randint(1, 97, (4, 1)))
-
-
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
-@pytest.mark.skipif(not layer.COMPILES_WELL, reason="before torch 2.13 no step compiles itself")
+@pytest.mark.skipif(not layer.COMPILES_WELL, reason="torch before 2.13 makes machine code of a step that does not run")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own
-def test_compiled_to_machine_code_nothing_as_large_as_the_kept_keys_is_copied(compile_steps):
+def test_compiled_to_machine_code_nothing_as_large_as_the_kept_keys_is_copied(monkeypatch):
     """In-place writes that the compiler would make out of place cost a copy of all slots in every step."""
-    compile_steps("inductor")
     torch._dynamo.reset()
     model, tokens = tiny_llama(num_hidden_layers=1), torch.randint(1, 97, (2, 20))
-    dynamic, compiled_steps = both(model, H2O(50, 50), KERNELS["soft_centroids"])
+    dynamic, static = both(model, H2O(50, 50), KERNELS["soft_centroids"])
     prompt = torch.randint(1, 97, (2, 130))
-    for cache in (dynamic, compiled_steps):
+    for cache in (dynamic, static):
         read(model, cache, prompt)
-    output, (code, *_) = run_and_get_code(decode, model, compiled_steps, tokens)
-    torch.testing.assert_close(output, decode(model, dynamic, tokens), rtol=1e-4, atol=1e-4)
-    assert_same_state(compiled_steps, dynamic, exactly=False)
-    keys = compiled_steps.layers[0].keys
+    expected = decode(model, dynamic, tokens)
+    monkeypatch.setattr(LESSLayer, "_step", torch.compile(LESSLayer._step))
+    output, (code, *_) = run_and_get_code(decode, model, static, tokens)
+    torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-4)
+    assert_same_state(static, dynamic, exactly=False)
+    keys = static.layers[0].keys
     allocated = [line for line in code.splitlines() if "empty_strided_cpu(" in line]
     assert allocated and not any(str(tuple(keys.shape)) in line for line in allocated)
 

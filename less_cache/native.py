@@ -1,0 +1,189 @@
+"""A decoding step of one layer in one call of C++, for processors, where PyTorch takes 60 to 180 small operations.
+
+`native_step.cpp` does all of it: the new token, attention over slots and virtual tokens, scores, the victim, φ, ψ and state.
+The C++ compiler of the machine builds it once, in a few seconds, into the user's cache folder; where there is none, PyTorch
+takes the step.
+
+`LESSLayer._step` is the oracle, and takes every step that `can` refuses. Its rules stand in the C++ file a second time: those
+of `attention.less_attention`, of `observe`, `protected`, `capacity` and `victim` of the policies in `POLICIES`, and φ, ψ and
+the state of the memories in `MEMORIES`.
+
+A model compiled with torch.compile never comes here.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from less_cache.call import AttentionCall
+from less_cache.centroids import LayerCentroids
+from less_cache.kernels import LayerKernels
+from less_cache.memory import TrainedMemory
+from less_cache.policies import H2O, SinkRecent
+from less_cache.soft_centroids import LayerSoftCentroids
+
+SOURCE = Path(__file__).with_name("native_step.cpp")
+# The numbers that the C++ file knows them by
+DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+POLICIES: dict[type, int] = {H2O: 0, SinkRecent: 1}  # what they count: (heavy, recent) and (sinks, recent)
+MEMORIES = {type(None): 0, LayerKernels: 1, LayerSoftCentroids: 2, LayerCentroids: 3}
+
+NETWORK = ("w1", "b1", "w2", "w3", "b2", "s1", "s2")
+NETWORKS = {  # our names of these weights in φ and in ψ; "": none
+    LayerKernels: (
+        ("query_in", "", "query_out", "", "", "", ""),
+        ("key_in", "", "key_out", "key_mix", "", "key_scale", "mix_scale"),
+    ),
+    LayerSoftCentroids: (
+        ("query_in", "query_in_bias", "query_out", "query_skip", "query_bias", "", ""),
+        ("key_in", "key_in_bias", "key_out", "key_skip", "key_bias", "", ""),
+    ),
+}
+
+INSTRUCTIONS = {  # of a processor that torch calls so
+    "AVX2": ["-mavx2", "-mfma"],
+    "AVX512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"],
+}
+
+
+class Network(ctypes.Structure):
+    """As in the C++ file."""
+
+    _fields_ = [(name, ctypes.c_void_p) for name in NETWORK]
+
+
+class Step(ctypes.Structure):
+    """As in the C++ file."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("b", "g", "s", "c", "d", "w", "r", "m")),
+        *((name, ctypes.c_int32) for name in ("dtype", "policy", "memory", "has_real")),
+        *((name, ctypes.c_float) for name in ("scaling", "softcap")),
+        *((name, ctypes.c_void_p) for name in ("query", "key", "value", "real", "sinks")),
+        *((name, ctypes.c_void_p) for name in ("keys", "values", "positions", "scores", "seen", "counts", "settled")),
+        *((name, ctypes.c_void_p) for name in ("values_sum", "features_sum", "keys_sum", "squares_sum")),
+        ("query_network", Network),
+        ("key_network", Network),
+        *((name, ctypes.c_void_p) for name in ("fading", "output")),
+    ]
+
+
+def can(layer: Any, call: AttentionCall) -> bool:
+    """Whether `step` knows how to take the one token of `call` into the `LESSLayer`. Anything odd is left to PyTorch, which
+    says what is wrong with it.
+    """
+    memory, dtype = layer.kernels, layer.keys.dtype
+    (b, h, _, d), (g, w) = call.query_states.shape, layer.values.shape[1::2]
+    return (
+        type(layer.policy) in POLICIES
+        and type(memory) in MEMORIES
+        and dtype in DTYPES
+        and all(states.dtype == dtype for states in (layer.values, call.query_states, call.key_states, call.value_states))
+        and layer.keys.shape[::3] == (b, d)
+        and call.key_states.shape == (b, g, 1, d)
+        and call.value_states.shape == (b, g, 1, w)
+        and (call.sinks is None or call.sinks.shape == (h,))
+        and all(rows.is_contiguous() for rows in layer.tensors().values())
+        and (not isinstance(memory, TrainedMemory) or memory.sizes[:3] == (h, g, d))
+        and (memory is None or all(map(_is_plain, memory._parameters.values())))
+        and _compiled() is not None
+    )
+
+
+def _is_plain(weights: torch.Tensor) -> bool:
+    return weights.dtype == torch.float32 and weights.is_contiguous()
+
+
+def step(layer: Any, call: AttentionCall) -> torch.Tensor:
+    """What `LESSLayer._step` does: `[b, h, 1, w]`."""
+    run = _compiled()
+    assert run is not None, "`can` says whether it is there"
+    query_states, key_states, value_states = (
+        states.contiguous() for states in (call.query_states, call.key_states, call.value_states)
+    )
+    b, h, _, d = query_states.shape
+    g, c, w = layer.values.shape[1:]
+    output = value_states.new_empty(b, h, 1, w)
+    real = None if call.real is None else call.real.contiguous()
+    sinks = None if call.sinks is None else call.sinks.detach().float().contiguous()
+    memory = None if layer.state is None else layer.kernels
+    arguments = Step(
+        *(b, g, h // g, c, d, w, 0, 0),
+        *(DTYPES[query_states.dtype], POLICIES[type(layer.policy)], MEMORIES[type(memory)], real is not None),
+        *(call.scaling, call.softcap or 0.0),
+        *(query_states.data_ptr(), key_states.data_ptr(), value_states.data_ptr()),
+        *(None if given is None else given.data_ptr() for given in (real, sinks)),
+        *(layer.keys.data_ptr(), layer.values.data_ptr(), layer.positions.data_ptr(), layer.scores.data_ptr()),
+        *(layer.seen.data_ptr(), layer.counts.data_ptr(), layer.settled.data_ptr()),
+        output=output.data_ptr(),
+    )
+    if memory is not None:
+        arguments.values_sum = layer.state.values_sum.data_ptr()
+    if isinstance(memory, LayerCentroids):
+        arguments.r = memory.num_centroids
+        arguments.features_sum = layer.state.count.data_ptr()
+        arguments.keys_sum = layer.state.keys_sum.data_ptr()
+        arguments.squares_sum = layer.state.squares_sum.data_ptr()
+    elif memory is not None:
+        weights = {name: parameter.data_ptr() for name, parameter in memory._parameters.items()}  # quicker than attributes
+        query, key = NETWORKS[type(memory)]
+        arguments.r, arguments.m = memory.num_virtual_tokens, memory.sizes[3]
+        arguments.features_sum = layer.state.features_sum.data_ptr()
+        arguments.query_network = Network(*(weights.get(name) for name in query))
+        arguments.key_network = Network(*(weights.get(name) for name in key))
+        arguments.fading = weights.get("fading")
+    run(ctypes.byref(arguments))
+    return output
+
+
+def compiler() -> str | None:
+    """The C++ compiler: $CXX, or what is called c++ or g++; None where there is none that we can drive."""
+    if sys.platform == "win32":
+        return None
+    return os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
+
+
+@functools.cache
+def _compiled() -> Callable[[Any], None] | None:
+    """The C++ function, built where this user has not built it before; None without a compiler and, with a warning, where
+    that fails.
+    """
+    found = compiler()
+    if found is None:
+        return None
+    command = [found, "-O3", "-std=c++17", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math"]
+    command += INSTRUCTIONS.get(torch.backends.cpu.get_cpu_capability(), [])
+    command += ["-fopenmp"] if sys.platform == "linux" else []  # Apple's compiler has none: one thread
+    digest = hashlib.sha256("\0".join([*command, SOURCE.read_text("utf-8")]).encode()).hexdigest()
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "less-cache"
+    library = folder / f"native-step-{digest[:16]}.so"
+    try:
+        if not library.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=folder) as work:
+                built = Path(work) / library.name
+                subprocess.run([*command, SOURCE, "-o", built], check=True, capture_output=True, text=True)
+                built.replace(library)  # other processes may build it at the same time: each sees all of it or nothing
+        run = ctypes.CDLL(str(library)).less_step
+    except (OSError, subprocess.CalledProcessError) as error:
+        reason = " ".join((getattr(error, "stderr", None) or str(error)).split())[:300]
+        warnings.warn(
+            f"less_cache: the C++ step could not be built ({reason}). PyTorch takes the steps, with the same result in more "
+            "time. The compiler is $CXX, or c++; it writes into $XDG_CACHE_HOME/less-cache, or ~/.cache/less-cache.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return None
+    run.restype, run.argtypes = None, [ctypes.c_void_p]
+    return run
