@@ -1,44 +1,42 @@
-"""The fused step beside the PyTorch step: errors over many steps, and on a GPU the time of each.
+"""A fused step beside the PyTorch step: errors over many steps, and the time of each.
 
-    python benchmarks/fused_step.py --output errors.json
+    python benchmarks/fused_step.py native --output native.json
+    python benchmarks/fused_step.py triton --output triton.json
 
-Without a GPU, Triton's interpreter runs the kernels, some 70 ms a KV head and step, and nothing is timed. Prints one JSON line.
+Without a GPU, Triton's interpreter runs its kernels, some 70 ms a KV head and step, and nothing is timed. Prints one JSON line.
 Errors: largest absolute difference from the PyTorch step in float32 on the same numbers, rounded to the cache's type; over all
 steps. So PyTorch's own are 0 in float32, and in 16 bit those of rounding the output, which no form avoids. `largest` is the
 largest number that an error stands beside, `other_tokens` the steps after which other tokens were kept.
 """
 
+import importlib
 import itertools
 import json
 import os
 import time
 from pathlib import Path
 from typing import Annotated
+from unittest import mock
 
 import torch
 import typer
 
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
-
-import triton
-
-from less_cache import H2O, SinkRecent, fused
+from less_cache import H2O, SinkRecent
 from less_cache import layer as layer_module
 from less_cache.bench import machine
 from less_cache.bench.timing import Spread, alternate, ratios
 from less_cache.kernels import MEMORIES
 from less_cache.layer import LESSLayer
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 MODULE = torch.nn.Identity().eval()
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+FUSED = {"native": "less_cache.native", "triton": "less_cache.fused"}
 MEMORY_NAMES = (None, *MEMORIES)
-FORMS = {"pytorch": {}, "fused": {DEVICE.type: "less_cache.fused"}}  # what `FUSED` is set to
+FORMS = ("pytorch", "fused")
 SHOWN = {"output": "output", "scores": "scores", "values_sum": "H", "features_sum": "z"}
 
 
 def main(
+    form: Annotated[str, typer.Argument(help="native: C++, on a processor; triton: on a GPU, or interpreted.")],
     steps: int = 200,
     budget: int = 32,
     head_dim: int = 80,
@@ -46,24 +44,35 @@ def main(
     rounds: Annotated[int, typer.Option(help="Of timing, 100 steps each.")] = 20,
     output: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the JSON line here too.")] = None,
 ) -> None:
-    """Errors of the fused step, and on a GPU its time, as one JSON line."""
+    """Errors and time of a fused step, as one JSON line."""
+    device = torch.device("cuda" if form == "triton" and torch.cuda.is_available() else "cpu")
+    interpreted = form == "triton" and device.type == "cpu"
+    if interpreted:
+        os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
+    fused = importlib.import_module(FUSED[form])
+    if form == "native" and fused._compiled() is None:
+        raise SystemExit("error: expected a C++ compiler")
+    torch.set_default_device(device)
+    layer_module.FUSED = {device.type: fused.__name__}
     policies = [H2O(budget // 2, budget - budget // 2), SinkRecent(4, budget - 4)]
     table = []
-    for policy, memory, dtype in itertools.product(policies, MEMORY_NAMES, DTYPES):
+    for policy, memory, dtype in itertools.product(policies, MEMORY_NAMES, fused.DTYPES):
         row = {"policy": policy.name, "memory": memory, "dtype": str(dtype).removeprefix("torch.")}
         row |= errors(policy, memory, dtype, steps, query_heads, head_dim)
         table.append(row)
         shown = "  ".join(f"{SHOWN[name]} {row['fused'][name]:.1e}" for name in row["fused"])
         print(f"{policy.name:12} {memory or 'none':15} {row['dtype']:9} {shown}", flush=True)
-    described = machine.describe(DEVICE)
-    described["versions"]["triton"] = triton.__version__
+    described = machine.describe(device)
+    if form == "triton":
+        described["versions"]["triton"] = importlib.import_module("triton").__version__
     report = {
         **described,
-        "interpreted": DEVICE.type == "cpu",
+        **{"form": form, "interpreted": interpreted},
         **{"steps": steps, "budget": budget, "head_dim": head_dim, "query_heads": query_heads},
         "errors": table,
-        "timing": timing(rounds) if DEVICE.type == "cuda" else "unmeasured: no GPU",
+        "timing": "unmeasured: no GPU" if interpreted else timing(device, rounds),
     }
+    assert form == "native" or not fused._failed, "the kernels did not run"
     line = json.dumps(report)
     print(line)
     if output is not None:
@@ -94,11 +103,10 @@ def errors(policy, memory: str | None, dtype: torch.dtype, steps: int, query_hea
                 error = (held[name].double() - expected[name].double()).abs().max().item()
                 found[form][name] = max(found[form].get(name, 0.0), error)
                 largest[name] = max(largest.get(name, 0.0), expected[name].abs().max().item())
-    assert not fused._failed, "the kernels did not run"
     return {**found, "largest": largest, "other_tokens": other_tokens}
 
 
-def timing(rounds: int, steps: int = 100) -> list[dict]:
+def timing(device: torch.device, rounds: int, steps: int = 100) -> list[dict]:
     """Microseconds of one layer's step, in turns: 32 query heads, 8 KV heads of 128, 256 tokens kept, bfloat16."""
     rows = []
     for policy, memory, b in itertools.product([H2O(128, 128), SinkRecent(4, 252)], MEMORY_NAMES, (1, 16)):
@@ -110,15 +118,14 @@ def timing(rounds: int, steps: int = 100) -> list[dict]:
             read(layer, prompt, form)
 
         def run(form: str, layers=layers, token=token) -> float:
-            machine.synchronize(DEVICE)
+            machine.synchronize(device)
             start = time.perf_counter()
             for _ in range(steps):
                 read(layers[form], token, form)
-            machine.synchronize(DEVICE)
+            machine.synchronize(device)
             return (time.perf_counter() - start) / steps * 1e6
 
         taken = alternate({form: lambda form=form: run(form) for form in FORMS}, rounds)
-        assert not fused._failed, "the kernels did not run"
         row = {"policy": policy.name, "memory": memory, "batch_size": b}
         row |= {form: vars(Spread.of(numbers)) for form, numbers in taken.items()}
         rows.append({**row, "ratio": ratios(taken, "pytorch")["fused"]})
@@ -128,10 +135,10 @@ def timing(rounds: int, steps: int = 100) -> list[dict]:
 @torch.no_grad()
 def read(layer: LESSLayer, block: list[torch.Tensor], form: str) -> torch.Tensor:
     """Give a layer tokens, a single one in the given form; its output."""
-    layer_module.FUSED = FORMS[form]
     query_states, key_states, value_states = block
-    key_states, value_states = layer.update(key_states, value_states)
-    return layer.attend(no_attention, MODULE, query_states, key_states, value_states, None)[0]
+    with mock.patch.dict(layer_module.FUSED, clear=form == "pytorch"):
+        key_states, value_states = layer.update(key_states, value_states)
+        return layer.attend(no_attention, MODULE, query_states, key_states, value_states, None)[0]
 
 
 def no_attention(module, query_states, *arguments, **options):
@@ -141,7 +148,7 @@ def no_attention(module, query_states, *arguments, **options):
 
 def random_kernels(memory: str, h: int, g: int, d: int) -> torch.nn.Module:
     """Kernels heavy enough that the state has a share of attention: by `random_tokens` 0.3 (low rank) and 0.7 on average."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(0)
     kernels = MEMORIES[memory](h, g, d, 32, 8)
     kernels.reset_parameters(generator)
     for name, parameter in kernels.named_parameters():
@@ -157,11 +164,11 @@ def random_tokens(b: int, h: int, g: int, length: int, d: int) -> list[torch.Ten
 
     With larger queries one kept key would have all of it, and the state, which is to be tested too, none.
     """
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(0)
     query_states = 0.5 * torch.randn(b, h, length, d, generator=generator)
     key_states = torch.randn(b, g, length, d, generator=generator) * torch.randn(b, g, length, 1, generator=generator).exp()
     value_states = torch.randn(b, g, length, d, generator=generator)
-    return [each.to(DEVICE) for each in (query_states, key_states, value_states)]
+    return [query_states, key_states, value_states]
 
 
 if __name__ == "__main__":

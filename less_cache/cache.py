@@ -73,9 +73,9 @@ class LESSCache(Cache):
         model: The model, or its config. With the model, the kernels' base model is checked too.
         policy: What to keep, such as `H2O(heavy=64, recent=64)`. Default: the policy that the kernels were trained with.
         kernels: φ and ψ; None: the plain sparse policy.
-        static: Fixed shapes and addresses, so that `generate` compiles decoding, as it does with a `StaticCache` on a GPU;
-            on a processor, with torch 2.13, the steps of the cache compile themselves, at the first token. The policy must have
-            a budget, no tokens can be given back (`crop`), and only blocks of several tokens are checked against what was seen.
+        static: Fixed shapes and addresses, so that `generate` compiles decoding, as it does with a `StaticCache` on a GPU.
+            The policy must have a budget, no tokens can be given back (`crop`), and only blocks of several tokens are checked
+            against what was seen.
 
     Raises:
         LESSError: The model cannot work with a LESSCache, or the kernels belong to another model.

@@ -343,8 +343,7 @@ def bench(
 
     batch: the largest batch that fits into --memory, and its throughput.
 
-    On a processor the steps of policy_static and less_static compile themselves. Nothing else is compiled without --compile;
-    on a GPU generate compiles around all static caches by itself.
+    Nothing is compiled without --compile; on a GPU generate compiles around all static caches by itself.
     """
     given = {name: value for name, value in locals().items() if name not in ("benchmark", "output", "plot")}
     from less_cache.bench.command import run

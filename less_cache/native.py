@@ -95,14 +95,13 @@ def can(layer: Any, call: AttentionCall) -> bool:
         and call.value_states.shape == (b, g, 1, w)
         and (call.sinks is None or call.sinks.shape == (h,))
         and all(rows.is_contiguous() for rows in layer.tensors().values())
-        and (not isinstance(memory, TrainedMemory) or memory.sizes[:3] == (h, g, d))
-        and (memory is None or all(map(_is_plain, memory._parameters.values())))
+        and (not isinstance(memory, TrainedMemory) or (memory.sizes[:3] == (h, g, d) and _are_plain(memory)))
         and _compiled() is not None
     )
 
 
-def _is_plain(weights: torch.Tensor) -> bool:
-    return weights.dtype == torch.float32 and weights.is_contiguous()
+def _are_plain(memory: TrainedMemory) -> bool:
+    return all(weights.dtype == torch.float32 and weights.is_contiguous() for weights in memory.weights.values())
 
 
 def step(layer: Any, call: AttentionCall) -> torch.Tensor:
@@ -136,7 +135,7 @@ def step(layer: Any, call: AttentionCall) -> torch.Tensor:
         arguments.keys_sum = layer.state.keys_sum.data_ptr()
         arguments.squares_sum = layer.state.squares_sum.data_ptr()
     elif memory is not None:
-        weights = {name: parameter.data_ptr() for name, parameter in memory._parameters.items()}  # quicker than attributes
+        weights = {name: parameter.data_ptr() for name, parameter in memory.weights.items()}
         query, key = NETWORKS[type(memory)]
         arguments.r, arguments.m = memory.num_virtual_tokens, memory.sizes[3]
         arguments.features_sum = layer.state.features_sum.data_ptr()
