@@ -67,7 +67,7 @@ class Step(ctypes.Structure):
     """As in the C++ file."""
 
     _fields_ = [
-        *((name, ctypes.c_int64) for name in ("b", "g", "s", "c", "d", "w", "r", "m")),
+        *((name, ctypes.c_int64) for name in ("b", "g", "s", "c", "d", "w", "r", "m", "threads")),
         *((name, ctypes.c_int32) for name in ("dtype", "policy", "memory", "has_real")),
         *((name, ctypes.c_float) for name in ("scaling", "softcap")),
         *((name, ctypes.c_void_p) for name in ("query", "key", "value", "real", "sinks")),
@@ -118,7 +118,7 @@ def step(layer: Any, call: AttentionCall) -> torch.Tensor:
     sinks = None if call.sinks is None else call.sinks.detach().float().contiguous()
     memory = None if layer.state is None else layer.kernels
     arguments = Step(
-        *(b, g, h // g, c, d, w, 0, 0),
+        *(b, g, h // g, c, d, w, 0, 0, torch.get_num_threads()),
         *(DTYPES[query_states.dtype], POLICIES[type(layer.policy)], MEMORIES[type(memory)], real is not None),
         *(call.scaling, call.softcap or 0.0),
         *(query_states.data_ptr(), key_states.data_ptr(), value_states.data_ptr()),

@@ -20,6 +20,8 @@ const float INFINITE = std::numeric_limits<float>::infinity();
 const float TINY = std::numeric_limits<float>::min();
 const float MOST_WEIGHT = 20.0f; // `soft_centroids.MOST_WEIGHT`
 const float RMS_EPS = 1e-6f;
+const int64_t LEAST_PART = 32; // slots
+const int64_t AHEAD = 12;      // slots that are fetched before their turn
 const float SPREAD = 0.25f, MOST_SPREAD = 2.0f; // `centroids.SPREAD` and `centroids.MOST_SPREAD`
 
 } // namespace
@@ -37,7 +39,7 @@ struct Network {
 };
 
 struct Step {
-    int64_t b, g, s, c, d, w, r, m;
+    int64_t b, g, s, c, d, w, r, m, threads;
     int32_t dtype, policy, memory, has_real;
     float scaling, softcap; // softcap 0: none
     const void *query;      // [b, g, s, d]
@@ -185,85 +187,42 @@ void key_features(int64_t head, float *key, float *features, float *hidden, cons
 
 inline float cap(float logit, float softcap) { return softcap > 0 ? softcap * std::tanh(logit / softcap) : logit; }
 
-// The state's virtual tokens in the softmax of one query head: `mean`, the kept tokens' mean value, becomes that of both.
-// largest + log(mass) is the log-sum-exp of the kept tokens.
-void add_virtual_tokens(
-    int64_t head, int64_t query_head, const float *query, float largest, float mass, float *mean, float *scratch, const Step &step
-) {
+// Shares of one query head's attention: that of the kept tokens, of which largest + log(mass) is the log-sum-exp, and for each
+// virtual token its own over its mass, which are the factors of what the state sums. [1 + r]
+void share_attention(const Step &step, int64_t head, int64_t group_head, const float *query, float largest, float mass, float *shares) {
     const int64_t r = step.r, d = step.d, w = step.w, e = step.memory == SOFT_CENTROIDS ? w + d : w;
     const float *sums = step.values_sum + head * r * e, *masses = step.features_sum + head * r;
-    float *features = scratch, *hidden = features + r, *x = hidden + step.m;
-    for (int64_t i = 0; i < d; i++) x[i] = query[i];
+    float *logits = shares + 1;
+    static thread_local std::vector<float> buffer;
+    buffer.resize(step.m + d);
+    float *hidden = buffer.data(), *x = hidden + step.m;
+    std::copy(query, query + d, x);
     if (step.memory == CENTROIDS) {
         const float squared = dot<0>(query, query, d) * step.scaling * step.scaling;
         for (int64_t j = 0; j < r; j++) {
             const float count = std::max(masses[j], 1.0f), *keys = step.keys_sum + (head * r + j) * d;
             const float mean_square = step.squares_sum[head * r + j] / count;
             const float variance = std::max(mean_square - dot<0>(keys, keys, d) / count / count, 0.0f) / float(d);
-            features[j] = cap(dot<0>(query, keys, d) * step.scaling / count, step.softcap);
-            features[j] += std::min(SPREAD * squared * variance, MOST_SPREAD);
+            logits[j] = cap(dot<0>(query, keys, d) * step.scaling / count, step.softcap);
+            logits[j] += std::min(SPREAD * squared * variance, MOST_SPREAD);
         }
     } else if (step.memory == SOFT_CENTROIDS) {
-        centroid_features(step.query_network, query_head, x, features, hidden, step);
+        centroid_features(step.query_network, group_head, x, logits, hidden, step);
         for (int64_t j = 0; j < r; j++)
-            features[j] += cap(dot<0>(query, sums + j * e + w, d) * step.scaling / std::max(masses[j], TINY), step.softcap);
+            logits[j] += cap(dot<0>(query, sums + j * e + w, d) * step.scaling / std::max(masses[j], TINY), step.softcap);
     } else {
-        low_rank_features(step.query_network, query_head, x, features, hidden, step);
-        for (int64_t j = 0; j < r; j++) features[j] = std::log(std::max(std::fabs(features[j]), TINY));
+        low_rank_features(step.query_network, group_head, x, logits, hidden, step);
+        for (int64_t j = 0; j < r; j++) logits[j] = std::log(std::max(std::fabs(logits[j]), TINY));
     }
     float most = largest;
     for (int64_t j = 0; j < r; j++) {
-        features[j] = masses[j] > 0 ? features[j] + std::log(masses[j]) : -INFINITE; // an empty one has no weight
-        most = std::max(most, features[j]);
+        logits[j] = masses[j] > 0 ? logits[j] + std::log(masses[j]) : -INFINITE; // an empty one has no share
+        most = std::max(most, logits[j]);
     }
-    const float kept = mass * std::exp(largest - most);
-    float total = kept;
-    for (int64_t j = 0; j < r; j++) total += std::exp(features[j] - most);
-    for (int64_t i = 0; i < w; i++) mean[i] *= kept / total;
-    for (int64_t j = 0; j < r; j++) {
-        if (!(masses[j] > 0)) continue;
-        const float weight = std::exp(features[j] - most) / total / masses[j], *row = sums + j * e;
-        for (int64_t i = 0; i < w; i++) mean[i] += weight * row[i];
-    }
-}
-
-// Attention of one query head of one row, out of b·g·s: its output, and its weights over the slots, [c].
-template <typename T, int D> void attend(const Step &step, int64_t query_head, float *weights) {
-    const int64_t head = query_head / step.s, group_head = query_head % (step.g * step.s);
-    const int64_t c = step.c, d = known<D>(step.d), w = known<D>(step.w);
-    const T *keys = static_cast<const T *>(step.keys) + head * c * d, *values = static_cast<const T *>(step.values) + head * c * w;
-    const T *given = static_cast<const T *>(step.query) + query_head * d;
-    const int32_t *positions = step.positions + head * c;
-    static thread_local std::vector<float> buffer;
-    buffer.resize(d + w + step.r + step.m + d);
-    float *query = buffer.data(), *mean = query + d, *scratch = mean + w, largest = -INFINITE, mass = 0;
-
-    for (int64_t i = 0; i < d; i++) query[i] = widen(given[i]);
-    for (int64_t j = 0; j < c; j++) {
-        const float logit = dot<D>(query, keys + j * d, d) * step.scaling;
-        weights[j] = positions[j] < 0 ? -INFINITE : cap(logit, step.softcap);
-    }
-#pragma omp simd reduction(max : largest)
-    for (int64_t j = 0; j < c; j++) largest = largest < weights[j] ? weights[j] : largest;
-    if (step.sinks) largest = std::max(largest, step.sinks[group_head]);
-#pragma omp simd reduction(+ : mass)
-    for (int64_t j = 0; j < c; j++) {
-        weights[j] = fast_exp(weights[j] - largest);
-        mass += weights[j];
-    }
-    if (step.sinks) mass += std::exp(step.sinks[group_head] - largest);
-    std::fill(mean, mean + w, 0.0f);
-    for (int64_t j = 0; j < c; j++) {
-        weights[j] /= mass;
-        if (positions[j] < 0) continue; // what is left there may be NaN
-        const float weight = weights[j];
-        const T *value = values + j * w;
-#pragma omp simd
-        for (int64_t i = 0; i < w; i++) mean[i] += weight * widen(value[i]);
-    }
-    if (step.memory != NONE) add_virtual_tokens(head, group_head, query, largest, mass, mean, scratch, step);
-    T *output = static_cast<T *>(step.output) + query_head * w;
-    for (int64_t i = 0; i < w; i++) narrow(mean[i], output[i]);
+    float total = shares[0] = mass * std::exp(largest - most);
+    for (int64_t j = 0; j < r; j++) total += logits[j] = std::exp(logits[j] - most);
+    shares[0] /= total;
+    for (int64_t j = 0; j < r; j++) logits[j] = masses[j] > 0 ? logits[j] / total / masses[j] : 0.0f;
 }
 
 // One KV head of one row, out of b·g: the new token goes into an empty slot.
@@ -275,6 +234,79 @@ template <typename T> void write(const Step &step, int64_t head) {
     std::memcpy(static_cast<T *>(step.values) + (head * c + slot) * w, static_cast<const T *>(step.value) + head * w, w * sizeof(T));
     positions[slot] = int32_t(step.seen[head / step.g]);
     step.scores[head * c + slot] = 0;
+}
+
+// Logits of some slots of a KV head, for its query heads: weights [s, c].
+template <typename T, int D> void weigh(const Step &step, int64_t head, int64_t from, int64_t to, float *weights) {
+    const int64_t s = step.s, c = step.c, d = known<D>(step.d);
+    const T *keys = static_cast<const T *>(step.keys) + head * c * d, *given = static_cast<const T *>(step.query) + head * s * d;
+    const int32_t *positions = step.positions + head * c;
+    static thread_local std::vector<float> buffer;
+    buffer.resize(s * d);
+    float *queries = buffer.data();
+    for (int64_t i = 0; i < s * d; i++) queries[i] = widen(given[i]) * step.scaling;
+    for (int64_t j = from; j < to; j++) {
+        for (int64_t i = 0; i < d; i += 64 / sizeof(T)) __builtin_prefetch(keys + (j + AHEAD) * d + i);
+        for (int64_t h = 0; h < s; h++) {
+            const float logit = cap(dot<D>(queries + h * d, keys + j * d, d), step.softcap);
+            weights[h * c + j] = positions[j] < 0 ? -INFINITE : logit;
+        }
+    }
+}
+
+// Softmax of a query head's logits over the kept tokens, in place, [c], and its shares.
+template <typename T> void normalise(const Step &step, int64_t query_head, float *weights, float *shares) {
+    const int64_t head = query_head / step.s, group_head = query_head % (step.g * step.s), c = step.c, d = step.d;
+    float largest = -INFINITE, mass = 0;
+#pragma omp simd reduction(max : largest)
+    for (int64_t j = 0; j < c; j++) largest = largest < weights[j] ? weights[j] : largest;
+    if (step.sinks) largest = std::max(largest, step.sinks[group_head]);
+#pragma omp simd reduction(+ : mass)
+    for (int64_t j = 0; j < c; j++) {
+        weights[j] = fast_exp(weights[j] - largest);
+        mass += weights[j];
+    }
+    if (step.sinks) mass += std::exp(step.sinks[group_head] - largest);
+    for (int64_t j = 0; j < c; j++) weights[j] /= mass;
+    shares[0] = 1;
+    if (step.memory == NONE) return;
+    static thread_local std::vector<float> query;
+    query.resize(d);
+    const T *given = static_cast<const T *>(step.query) + query_head * d;
+    for (int64_t i = 0; i < d; i++) query[i] = widen(given[i]);
+    share_attention(step, head, group_head, query.data(), largest, mass, shares);
+}
+
+// Weighted values of some slots of a KV head, for its query heads: means [s, w].
+template <typename T, int D> void average(const Step &step, int64_t head, int64_t from, int64_t to, const float *weights, float *means) {
+    const int64_t s = step.s, c = step.c, w = known<D>(step.w);
+    const T *values = static_cast<const T *>(step.values) + head * c * w;
+    std::fill(means, means + s * w, 0.0f);
+    for (int64_t j = from; j < to; j++) {
+        if (step.positions[head * c + j] < 0) continue; // what is left there may be NaN
+        const T *value = values + j * w;
+        for (int64_t i = 0; i < w; i += 64 / sizeof(T)) __builtin_prefetch(value + AHEAD * w + i);
+        for (int64_t h = 0; h < s; h++) {
+            const float weight = weights[h * c + j];
+            float *mean = means + h * w;
+#pragma omp simd
+            for (int64_t i = 0; i < w; i++) mean[i] += weight * widen(value[i]);
+        }
+    }
+}
+
+// The output of a query head: the means of all parts, a part every `stride` numbers, and the state's, in their shares.
+template <typename T>
+void put_together(const Step &step, int64_t query_head, const float *means, int64_t parts, int64_t stride, const float *shares) {
+    const int64_t head = query_head / step.s, r = step.r, w = step.w, e = step.memory == SOFT_CENTROIDS ? w + step.d : w;
+    T *output = static_cast<T *>(step.output) + query_head * w;
+    for (int64_t i = 0; i < w; i++) {
+        float sum = 0;
+        for (int64_t part = 0; part < parts; part++) sum += means[part * stride + i];
+        sum *= shares[0];
+        for (int64_t j = 0; j < r; j++) sum += shares[1 + j] * step.values_sum[(head * r + j) * e + i];
+        narrow(sum, output[i]);
+    }
 }
 
 // The centroid nearest to a pair, as `LayerCentroids` compares them; the first empty one, where there is any.
@@ -361,19 +393,40 @@ template <typename T> void evict(const Step &step, int64_t head, const float *we
     if (leaves) positions[victim] = -1;
 }
 
+// The phases of a step. A head's slots are shared out in parts where there are fewer heads than keep all threads busy.
 template <typename T, int D> void run(const Step &step) {
-    const int64_t heads = step.b * step.g;
+    const int64_t heads = step.b * step.g, s = step.s, c = step.c, w = step.w, share_count = 1 + step.r;
+    const int64_t parts = std::max<int64_t>(1, std::min((4 * step.threads + heads - 1) / heads, c / LEAST_PART));
     static thread_local std::vector<float> buffer;
-    buffer.resize(heads * step.s * step.c);
-    float *weights = buffer.data(); // [b, g, s, c]
-#pragma omp parallel if (heads * step.s > 1)
+    buffer.resize(heads * s * (c + share_count + parts * w));
+    float *weights = buffer.data();                    // [b, g, s, c]
+    float *shares = weights + heads * s * c;           // [b, g, s, 1 + r]
+    float *means = shares + heads * s * share_count;   // [b, g, parts, s, w]
+#pragma omp parallel if (heads * parts > 1)
     {
 #pragma omp for
         for (int64_t head = 0; head < heads; head++) write<T>(step, head);
 #pragma omp for
-        for (int64_t head = 0; head < heads * step.s; head++) attend<T, D>(step, head, weights + head * step.c);
+        for (int64_t part = 0; part < heads * parts; part++) {
+            const int64_t head = part / parts, index = part % parts;
+            weigh<T, D>(step, head, index * c / parts, (index + 1) * c / parts, weights + head * s * c);
+        }
 #pragma omp for
-        for (int64_t head = 0; head < heads; head++) evict<T>(step, head, weights + head * step.s * step.c);
+        for (int64_t head = 0; head < heads * s; head++) normalise<T>(step, head, weights + head * c, shares + head * share_count);
+#pragma omp for
+        for (int64_t part = 0; part < heads * parts; part++) {
+            const int64_t head = part / parts, index = part % parts;
+            const float *of_head = weights + head * s * c;
+            average<T, D>(step, head, index * c / parts, (index + 1) * c / parts, of_head, means + part * s * w);
+        }
+#pragma omp for
+        for (int64_t head = 0; head < heads; head++) {
+            for (int64_t h = 0; h < s; h++) {
+                const float *of_head = means + (head * parts * s + h) * w;
+                put_together<T>(step, head * s + h, of_head, parts, s * w, shares + (head * s + h) * share_count);
+            }
+            evict<T>(step, head, weights + head * s * c);
+        }
     }
     for (int64_t row = 0; row < step.b; row++) {
         const bool arrives = !step.has_real || step.real[row];
