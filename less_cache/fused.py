@@ -114,6 +114,11 @@ def step(layer: Any, call: AttentionCall) -> torch.Tensor | None:
     return output
 
 
+def can_read(policy: Any, call: AttentionCall) -> bool:
+    """A prompt is PyTorch's."""
+    return False
+
+
 def fold_in(state: LowRankState, weights: torch.Tensor, remembered: torch.Tensor, factors: torch.Tensor | None = None) -> None:
     """Fold one pair a KV head into the state, in place:
 

@@ -26,7 +26,8 @@ from less_cache.recording import Recording
 
 QUERY_BLOCK = 256  # queries attended at once in a block: memory is O(QUERY_BLOCK · columns)
 SPARE_SLOTS = 64  # a policy without a budget gets this many free slots at a time
-# The module that has the fused form of a step, by type of device. Triton's, `less_cache.fused`, waits for a GPU to run it.
+# The module that has the fused form of a step and of reading a prompt, by type of device. Triton's, `less_cache.fused`,
+# waits for a GPU to run it.
 FUSED = {"cpu": "less_cache.native"}
 COMPILES_WELL = torch.__version__ >= "2.13"  # torch 2.11 makes code of `index_copy_` that does not run
 READ_AT_ONCE = {"cpu"}  # types of device whose tensors Python reads without waiting
@@ -475,7 +476,11 @@ class LESSLayer(CacheLayerMixin):
         first = n - observed if is_first else 0  # of the queries to go through
         if first < n and is_first and call.attention_mask is None:
             attends = self._attends_prompt(query_states, None)
-            scores, output = read_prompt(self.policy, call, scores, new_positions, first, attends)
+            fused = _fused(call)
+            if fused is not None and fused.can_read(self.policy, call):
+                scores, output = fused.read_prompt(call, scores, first, attends)
+            else:
+                scores, output = read_prompt(self.policy, call, scores, new_positions, first, attends)
             outputs, first = [output] if output is not None else [], n
         for start in range(first, n, QUERY_BLOCK):
             rows = slice(start, min(start + QUERY_BLOCK, n))

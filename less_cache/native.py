@@ -1,12 +1,13 @@
-"""A decoding step of one layer in one call of C++, for processors, where PyTorch takes 60 to 180 small operations.
+"""What a layer does on a processor, in C++: a decoding step in one call, and a prompt's attention together with its scores.
 
-`native_step.cpp` does all of it: the new token, attention over slots and virtual tokens, scores, the victim, φ, ψ and state.
-The C++ compiler of the machine builds it once, in a few seconds, into the user's cache folder; where there is none, PyTorch
-takes the step.
+`native_step.cpp` takes a whole step, for which PyTorch needs 60 to 200 small operations: the new token, attention over slots
+and virtual tokens, scores, the victim, φ, ψ and the state. `native_prompt.cpp` gives the output of attention to a prompt and
+the attention that each token got, in about the time of torch's attention alone. The C++ compiler of the machine builds both
+once, in a few seconds, into the user's cache folder; where there is none, PyTorch does it all.
 
-`LESSLayer._step` is the oracle, and takes every step that `can` refuses. Its rules stand in the C++ file a second time: those
-of `attention.less_attention`, of `observe`, `protected`, `capacity` and `victim` of the policies in `POLICIES`, and φ, ψ and
-the state of the memories in `MEMORIES`.
+`LESSLayer._step` and `prompt.read_prompt` are the oracles, and do what `can` and `can_read` refuse. Their rules stand in the
+C++ files a second time: those of `attention.less_attention`, of `observe`, `protected`, `capacity` and `victim` of the policies
+in `POLICIES`, and φ, ψ and the state of the memories in `MEMORIES`.
 
 A model compiled with torch.compile never comes here.
 """
@@ -20,7 +21,6 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +30,11 @@ from less_cache.call import AttentionCall
 from less_cache.centroids import LayerCentroids
 from less_cache.kernels import LayerKernels
 from less_cache.memory import TrainedMemory
-from less_cache.policies import H2O, SinkRecent
+from less_cache.policies import H2O, EvictionPolicy, SinkRecent
 from less_cache.soft_centroids import LayerSoftCentroids
 
-SOURCE = Path(__file__).with_name("native_step.cpp")
+SOURCES = [Path(__file__).with_name(name) for name in ("native_step.cpp", "native_prompt.cpp", "native_math.h")]
+MOST_QUERY_HEADS = 24  # of a KV head, for a prompt: ROWS in the C++ file
 # The numbers that the C++ file knows them by
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 POLICIES: dict[type, int] = {H2O: 0, SinkRecent: 1}  # what they count: (heavy, recent) and (sinks, recent)
@@ -53,7 +54,7 @@ NETWORKS = {  # our names of these weights in φ and in ψ; "": none
 
 INSTRUCTIONS = {  # of a processor that torch calls so
     "AVX2": ["-mavx2", "-mfma"],
-    "AVX512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"],
+    "AVX512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"],
 }
 
 
@@ -76,6 +77,16 @@ class Step(ctypes.Structure):
         ("query_network", Network),
         ("key_network", Network),
         *((name, ctypes.c_void_p) for name in ("fading", "output")),
+    ]
+
+
+class Prompt(ctypes.Structure):
+    """As in the C++ file."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("heads", "s", "n", "d", "start", "threads")),
+        ("scaling", ctypes.c_float),
+        *((name, ctypes.c_void_p) for name in ("query", "key", "value", "received", "output")),
     ]
 
 
@@ -106,8 +117,8 @@ def _are_plain(memory: TrainedMemory) -> bool:
 
 def step(layer: Any, call: AttentionCall) -> torch.Tensor:
     """What `LESSLayer._step` does: `[b, h, 1, w]`."""
-    run = _compiled()
-    assert run is not None, "`can` says whether it is there"
+    library = _compiled()
+    assert library is not None, "`can` says whether it is there"
     query_states, key_states, value_states = (
         states.contiguous() for states in (call.query_states, call.key_states, call.value_states)
     )
@@ -142,8 +153,44 @@ def step(layer: Any, call: AttentionCall) -> torch.Tensor:
         arguments.query_network = Network(*(weights.get(name) for name in query))
         arguments.key_network = Network(*(weights.get(name) for name in key))
         arguments.fading = weights.get("fading")
-    run(ctypes.byref(arguments))
+    library.less_step(ctypes.byref(arguments))
     return output
+
+
+def can_read(policy: EvictionPolicy, call: AttentionCall) -> bool:
+    """Whether `read_prompt` knows how to read the prompt of `call`."""
+    (_, h, _, d), g = call.query_states.shape, call.key_states.shape[1]
+    return (
+        type(policy) is H2O
+        and call.key_states.shape == call.value_states.shape
+        and d % 64 == 0
+        and h // g <= MOST_QUERY_HEADS
+        and call.softcap is None
+        and call.sinks is None
+        and _compiled() is not None
+    )
+
+
+def read_prompt(
+    call: AttentionCall, scores: torch.Tensor, start: int, attends: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What `prompt.read_prompt` does for H2O: scores `[b, g, n]` and output `[b, h, n, d]`."""
+    library = _compiled()
+    assert library is not None, "`can_read` says whether it is there"
+    query_states, key_states, value_states = (
+        states.float().contiguous() for states in (call.query_states, call.key_states, call.value_states)
+    )
+    b, h, n, d = query_states.shape
+    g = key_states.shape[1]
+    scores = scores.clone(memory_format=torch.contiguous_format)
+    output = torch.empty_like(query_states) if attends else None
+    arguments = Prompt(
+        *(b * g, h // g, n, d, start, torch.get_num_threads(), call.scaling),
+        *(query_states.data_ptr(), key_states.data_ptr(), value_states.data_ptr() if attends else None),
+        *(scores.data_ptr(), None if output is None else output.data_ptr()),
+    )
+    library.less_read_prompt(ctypes.byref(arguments))
+    return scores, None if output is None else output.to(call.value_states.dtype)
 
 
 def compiler() -> str | None:
@@ -154,8 +201,8 @@ def compiler() -> str | None:
 
 
 @functools.cache
-def _compiled() -> Callable[[Any], None] | None:
-    """The C++ function, built where this user has not built it before; None without a compiler and, with a warning, where
+def _compiled() -> ctypes.CDLL | None:
+    """The C++ functions, built where this user has not built it before; None without a compiler and, with a warning, where
     that fails.
     """
     found = compiler()
@@ -164,25 +211,27 @@ def _compiled() -> Callable[[Any], None] | None:
     command = [found, "-O3", "-std=c++17", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math"]
     command += INSTRUCTIONS.get(torch.backends.cpu.get_cpu_capability(), [])
     command += ["-fopenmp"] if sys.platform == "linux" else []  # Apple's compiler has none: one thread
-    digest = hashlib.sha256("\0".join([*command, SOURCE.read_text("utf-8")]).encode()).hexdigest()
+    digest = hashlib.sha256("\0".join([*command, *(source.read_text("utf-8") for source in SOURCES)]).encode()).hexdigest()
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "less-cache"
-    library = folder / f"native-step-{digest[:16]}.so"
+    library = folder / f"native-{digest[:16]}.so"
     try:
         if not library.exists():
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=folder) as work:
                 built = Path(work) / library.name
-                subprocess.run([*command, SOURCE, "-o", built], check=True, capture_output=True, text=True)
+                sources = [source for source in SOURCES if source.suffix == ".cpp"]
+                subprocess.run([*command, *sources, "-o", built], check=True, capture_output=True, text=True)
                 built.replace(library)  # other processes may build it at the same time: each sees all of it or nothing
-        run = ctypes.CDLL(str(library)).less_step
+        built_library = ctypes.CDLL(str(library))
     except (OSError, subprocess.CalledProcessError) as error:
         reason = " ".join((getattr(error, "stderr", None) or str(error)).split())[:300]
         warnings.warn(
-            f"less_cache: the C++ step could not be built ({reason}). PyTorch takes the steps, with the same result in more "
+            f"less_cache: the C++ form could not be built ({reason}). PyTorch takes its place, with the same result in more "
             "time. The compiler is $CXX, or c++; it writes into $XDG_CACHE_HOME/less-cache, or ~/.cache/less-cache.",
             RuntimeWarning,
             stacklevel=2,
         )
         return None
-    run.restype, run.argtypes = None, [ctypes.c_void_p]
-    return run
+    for function in (built_library.less_step, built_library.less_read_prompt):
+        function.restype, function.argtypes = None, [ctypes.c_void_p]
+    return built_library

@@ -1,5 +1,6 @@
 """The step in C++: that it computes what PyTorch does, when it is taken, and what happens where it cannot be built."""
 
+import dataclasses
 import shutil
 import subprocess
 import warnings
@@ -9,10 +10,11 @@ import pytest
 import tiny
 import torch
 from step_cases import *  # noqa: F403
-from step_cases import assert_agree, layer_memory, taken_by
+from step_cases import ONE_ROUNDING, assert_agree, layer_memory, taken_by
 from test_ops import full_layer, step
 
-from less_cache import CORM, H2O, SinkRecent, native
+from less_cache import CORM, H2O, SinkRecent, native, prompt
+from less_cache.call import AttentionCall
 from less_cache.layer import LESSLayer
 
 pytestmark = pytest.mark.skipif(native.compiler() is None, reason="there is no C++ compiler here")
@@ -86,6 +88,81 @@ def test_large_logits():
     query_states, key_states, value_states = tiny.random_states(1, 2, 1, 9, 8)
     for memory in MEMORIES:
         assert_agree(native, H2O(3, 2), memory, (query_states * 100, key_states, value_states))
+
+
+# What it reads of a prompt
+
+
+def prompt_call(b: int, s: int, g: int, n: int, d: int, dtype: torch.dtype = torch.float32) -> AttentionCall:
+    states = (each.to(dtype) for each in tiny.random_states(b, s * g, g, n, d))
+    return AttentionCall(*states, None, None, d**-0.5, None, None)
+
+
+def assert_read_alike(call: AttentionCall, start: int = 0, attends: bool = True) -> None:
+    b, g, n, _ = call.key_states.shape
+    before, positions = torch.rand(b, g, n), torch.arange(n).expand(b, n)
+    expected = prompt.read_prompt(POLICY, call, before.clone(), positions, start, attends)
+    assert native.can_read(POLICY, call)
+    scores, output = native.read_prompt(call, before, start, attends)
+    torch.testing.assert_close(scores, expected[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(output, expected[1], **ONE_ROUNDING[call.value_states.dtype])
+
+
+@pytest.mark.parametrize("n", [1, 8, 15, 16, 17, 49, 200])
+@pytest.mark.parametrize("s", [1, 3, 5, 24])
+def test_prompts(n, s):
+    """Of less than a tile of columns, of several, and of a part of one; groups that fill a block of rows and that do not."""
+    assert_read_alike(prompt_call(2, s, 2, n, 64))
+
+
+@pytest.mark.parametrize("start, attends", [(0, True), (0, False), (1, False), (30, False), (39, False)])
+def test_the_last_queries_of_a_prompt(start, attends):
+    assert_read_alike(prompt_call(2, 3, 2, 40, 128), start, attends)
+
+
+def test_a_prompt_in_half_precision():
+    assert_read_alike(prompt_call(1, 3, 1, 40, 64, torch.bfloat16))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_a_prompt_in_threads_is_the_same_in_every_run(threads):
+    call, before = prompt_call(1, 3, 2, 150, 64), torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        assert_read_alike(call)
+        first, again = (native.read_prompt(call, torch.zeros(1, 2, 150), 0, True) for _ in range(2))
+    finally:
+        torch.set_num_threads(before)
+    assert all(map(torch.equal, first, again))
+
+
+def test_a_prompt_of_large_logits():
+    call = prompt_call(1, 3, 1, 60, 64)
+    assert_read_alike(dataclasses.replace(call, scaling=100.0))
+
+
+@pytest.mark.parametrize(
+    "refused",
+    [{"d": 8}, {"s": 25}, {"softcap": 5.0}, {"sinks": torch.zeros(2)}, {"policy": CORM(3, 2)}, {"policy": SinkRecent(1, 2)}],
+    ids=lambda refused: next(iter(refused)),
+)
+def test_prompts_that_are_left_to_pytorch(refused):
+    shape = {"b": 1, "s": 2, "g": 1, "n": 5, "d": 64} | {name: refused[name] for name in ("d", "s") if name in refused}
+    attention = {name: refused[name] for name in ("softcap", "sinks") if name in refused}
+    assert not native.can_read(refused.get("policy", POLICY), dataclasses.replace(prompt_call(**shape), **attention))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_layer_reads_its_prompt_so(dtype):
+    states = [each.to(dtype) for each in tiny.random_states(2, 6, 2, 50, 64)]
+    layers = [LESSLayer(H2O(6, 5), layer_memory("soft_centroids", 6, 2, 64), layer_idx=1, leads=False) for _ in range(2)]
+    with mock.patch.object(native, "read_prompt", wraps=native.read_prompt) as read:
+        output = tiny.feed(layers[0], *states, [50])
+    assert read.call_count == 1
+    with mock.patch.dict("less_cache.layer.FUSED", clear=True):
+        torch.testing.assert_close(output, tiny.feed(layers[1], *states, [50]), **ONE_ROUNDING[dtype])
+    assert tiny.held_positions(layers[0]) == tiny.held_positions(layers[1])
+    torch.testing.assert_close(layers[0].scores, layers[1].scores, rtol=1e-5, atol=1e-5)
 
 
 # When it is taken
@@ -162,7 +239,7 @@ def test_a_compiler_that_fails_warns_once(built_anew, monkeypatch, tmp_path):
     compiler.write_text("#!/bin/sh\necho 'no such\noption' >&2\nexit 1\n")
     compiler.chmod(0o755)
     monkeypatch.setenv("CXX", str(compiler))
-    with pytest.warns(RuntimeWarning, match=r"could not be built \(no such option\)\. PyTorch takes the steps") as warned:
+    with pytest.warns(RuntimeWarning, match=r"could not be built \(no such option\)\. PyTorch takes its place") as warned:
         assert torch.equal(outputs()[0], outputs_in_pytorch())
     assert len(warned) == 1
     assert not list(built_anew.iterdir())
