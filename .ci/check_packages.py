@@ -7,6 +7,7 @@ from pathlib import Path
 
 PACKAGE = ["less_cache/__init__.py", "less_cache/py.typed", "less_cache/data/pride-and-prejudice-chapter-19.txt"]
 PACKAGE += ["less_cache/hub/custom_generate/generate.py", "less_cache/hub/custom_generate/requirements.txt"]
+PACKAGE += ["less_cache/native_step.cpp", "less_cache/native_prompt.cpp", "less_cache/native_math.h"]
 WHEEL = [*PACKAGE, "licenses/LICENSE", "less_cache/hub/catalogue.json"]
 SDIST = [
     *PACKAGE,

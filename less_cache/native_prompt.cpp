@@ -3,8 +3,8 @@
 //
 //     l = scaling · Q Kᵀ, causal     P = softmax(l)     output = P V     received_j += Σ_{heads of the group, queries} P_ij
 //
-// A few queries of all heads of a KV head make ROWS rows. Their weights over all keys are held, in tiles of LANES columns that lie
-// one after the other, so that they stay in the processor's second cache; keys are packed in the same way.
+// A few queries of all heads of a KV head make ROWS rows. Their weights over all keys are held, in tiles of LANES columns that
+// lie one after the other, so that they stay in the processor's second cache; keys are packed in the same way.
 //
 // Axes: b rows, g KV heads, s query heads per KV head, n tokens, d head dim, a multiple of 64. Tensors lie dense, in this order.
 
@@ -78,7 +78,7 @@ void multiply(const float *rows, const float *packed, int64_t tiles, int64_t d, 
         }
 }
 
-// means `[ROWS, d]` += weights `[tiles, ROWS, LANES]` of the values `[n, d]` from the first tile's column on, `columns` of them.
+// means `[ROWS, d]` += weights `[tiles, ROWS, LANES]` times `columns` values, `[columns, d]`.
 void average(const float *weights, const float *values, int64_t columns, int64_t d, float *means) {
     for (int64_t row = 0; row < ROWS; row += MEANS_AT_ONCE)
         for (int64_t first = 0; first < d; first += VECTORS_AT_ONCE * LANES) {

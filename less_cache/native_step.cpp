@@ -170,7 +170,9 @@ inline float cap(float logit, float softcap) { return softcap > 0 ? softcap * st
 
 // Shares of one query head's attention: that of the kept tokens, of which largest + log(mass) is the log-sum-exp, and for each
 // virtual token its own over its mass, which are the factors of what the state sums. [1 + r]
-void share_attention(const Step &step, int64_t head, int64_t group_head, const float *query, float largest, float mass, float *shares) {
+void share_attention(
+    const Step &step, int64_t head, int64_t group_head, const float *query, float largest, float mass, float *shares
+) {
     const int64_t r = step.r, d = step.d, w = step.w, e = step.memory == SOFT_CENTROIDS ? w + d : w;
     const float *sums = step.values_sum + head * r * e, *masses = step.features_sum + head * r;
     float *logits = shares + 1;
@@ -209,10 +211,11 @@ void share_attention(const Step &step, int64_t head, int64_t group_head, const f
 // One KV head of one row, out of b·g: the new token goes into an empty slot.
 template <typename T> void write(const Step &step, int64_t head) {
     const int64_t c = step.c, d = step.d, w = step.w;
+    const T *key = static_cast<const T *>(step.key) + head * d, *value = static_cast<const T *>(step.value) + head * w;
     int32_t *positions = step.positions + head * c;
     const int64_t slot = std::min_element(positions, positions + c) - positions;
-    std::memcpy(static_cast<T *>(step.keys) + (head * c + slot) * d, static_cast<const T *>(step.key) + head * d, d * sizeof(T));
-    std::memcpy(static_cast<T *>(step.values) + (head * c + slot) * w, static_cast<const T *>(step.value) + head * w, w * sizeof(T));
+    std::copy(key, key + d, static_cast<T *>(step.keys) + (head * c + slot) * d);
+    std::copy(value, value + w, static_cast<T *>(step.values) + (head * c + slot) * w);
     positions[slot] = int32_t(step.seen[head / step.g]);
     step.scores[head * c + slot] = 0;
 }
@@ -220,7 +223,8 @@ template <typename T> void write(const Step &step, int64_t head) {
 // Logits of some slots of a KV head, for its query heads: weights [s, c].
 template <typename T, int D> void weigh(const Step &step, int64_t head, int64_t from, int64_t to, float *weights) {
     const int64_t s = step.s, c = step.c, d = known<D>(step.d);
-    const T *keys = static_cast<const T *>(step.keys) + head * c * d, *given = static_cast<const T *>(step.query) + head * s * d;
+    const T *keys = static_cast<const T *>(step.keys) + head * c * d;
+    const T *given = static_cast<const T *>(step.query) + head * s * d;
     const int32_t *positions = step.positions + head * c;
     static thread_local std::vector<float> buffer;
     buffer.resize(s * d);
@@ -259,7 +263,8 @@ template <typename T> void normalise(const Step &step, int64_t query_head, float
 }
 
 // Weighted values of some slots of a KV head, for its query heads: means [s, w].
-template <typename T, int D> void average(const Step &step, int64_t head, int64_t from, int64_t to, const float *weights, float *means) {
+template <typename T, int D>
+void average(const Step &step, int64_t head, int64_t from, int64_t to, const float *weights, float *means) {
     const int64_t s = step.s, c = step.c, w = known<D>(step.w);
     const T *values = static_cast<const T *>(step.values) + head * c * w;
     std::fill(means, means + s * w, 0.0f);
@@ -278,7 +283,9 @@ template <typename T, int D> void average(const Step &step, int64_t head, int64_
 
 // The output of a query head: the means of all parts, a part every `stride` numbers, and the state's, in their shares.
 template <typename T>
-void put_together(const Step &step, int64_t query_head, const float *means, int64_t parts, int64_t stride, const float *shares) {
+void put_together(
+    const Step &step, int64_t query_head, const float *means, int64_t parts, int64_t stride, const float *shares
+) {
     const int64_t head = query_head / step.s, r = step.r, w = step.w, e = step.memory == SOFT_CENTROIDS ? w + step.d : w;
     T *output = static_cast<T *>(step.output) + query_head * w;
     for (int64_t i = 0; i < w; i++) {
@@ -293,7 +300,8 @@ void put_together(const Step &step, int64_t query_head, const float *means, int6
 // The centroid nearest to a pair, as `LayerCentroids` compares them; the first empty one, where there is any.
 int64_t nearest_centroid(const Step &step, int64_t head, const float *key, const float *value) {
     const int64_t r = step.r, d = step.d, w = step.w;
-    const float *counts = step.features_sum + head * r, *keys = step.keys_sum + head * r * d, *values = step.values_sum + head * r * w;
+    const float *counts = step.features_sum + head * r;
+    const float *keys = step.keys_sum + head * r * d, *values = step.values_sum + head * r * w;
     float keys_squares = dot<0>(key, key, d), values_squares = dot<0>(value, value, w);
     for (int64_t j = 0; j < r; j++) {
         if (!(counts[j] > 0)) return j;
@@ -313,10 +321,11 @@ int64_t nearest_centroid(const Step &step, int64_t head, const float *key, const
     return nearest;
 }
 
-// One KV head of one row, after attention with these weights, [s, c]: its scores, the victim, and what of it stays in the state.
+// One KV head of one row, after attention with these weights, [s, c]: its scores, the victim, and what stays of that.
 template <typename T> void evict(const Step &step, int64_t head, const float *weights) {
     const int64_t s = step.s, c = step.c, d = step.d, w = step.w, r = step.r, row = head / step.g, group = head % step.g;
-    const T *keys = static_cast<const T *>(step.keys) + head * c * d, *values = static_cast<const T *>(step.values) + head * c * w;
+    const T *keys = static_cast<const T *>(step.keys) + head * c * d;
+    const T *values = static_cast<const T *>(step.values) + head * c * w;
     int32_t *positions = step.positions + head * c;
     float *scores = step.scores + head * c;
     const int32_t before = int32_t(step.seen[row]);
@@ -335,7 +344,8 @@ template <typename T> void evict(const Step &step, int64_t head, const float *we
         if (!arrives && position == before) positions[j] = -1;
         held += positions[j] >= 0;
         if (position < from || position >= seen - recent || positions[j] < 0) continue;
-        if (victim < 0 || scores[j] < scores[victim] || (scores[j] == scores[victim] && position < positions[victim])) victim = j;
+        const bool older = victim >= 0 && scores[j] == scores[victim] && position < positions[victim];
+        if (victim < 0 || scores[j] < scores[victim] || older) victim = j;
     }
     const bool leaves = held > first + recent && victim >= 0;
 
@@ -393,7 +403,8 @@ template <typename T, int D> void run(const Step &step) {
             weigh<T, D>(step, head, index * c / parts, (index + 1) * c / parts, weights + head * s * c);
         }
 #pragma omp for
-        for (int64_t head = 0; head < heads * s; head++) normalise<T>(step, head, weights + head * c, shares + head * share_count);
+        for (int64_t head = 0; head < heads * s; head++)
+            normalise<T>(step, head, weights + head * c, shares + head * share_count);
 #pragma omp for
         for (int64_t part = 0; part < heads * parts; part++) {
             const int64_t head = part / parts, index = part % parts;
