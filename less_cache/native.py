@@ -16,6 +16,7 @@ import ctypes
 import functools
 import hashlib
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -208,7 +209,7 @@ def _compiled() -> ctypes.CDLL | None:
     found = compiler()
     if found is None:
         return None
-    command = [found, "-O3", "-std=c++17", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math"]
+    command = [*shlex.split(found), "-O3", "-std=c++17", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math"]
     command += INSTRUCTIONS.get(torch.backends.cpu.get_cpu_capability(), [])
     command += ["-fopenmp"] if sys.platform == "linux" else []  # Apple's compiler has none: one thread
     digest = hashlib.sha256("\0".join([*command, *(source.read_text("utf-8") for source in SOURCES)]).encode()).hexdigest()
