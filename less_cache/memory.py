@@ -6,7 +6,6 @@ virtual tokens.
 
 import abc
 import copy
-import functools
 from typing import Any, TypeVar
 
 import torch
@@ -91,11 +90,6 @@ class TrainedMemory(LayerMemory):
         for name, shape in self.shapes(*self.sizes).items():
             self.register_parameter(name, nn.Parameter(torch.empty(shape, dtype=torch.float32)))
         self.reset_parameters()
-
-    @functools.cached_property
-    def weights(self) -> dict[str, nn.Parameter]:
-        """The parameters by name; kept, because a module looks each of them up slowly."""
-        return dict(self.named_parameters(recurse=False))
 
     @staticmethod
     @abc.abstractmethod

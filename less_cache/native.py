@@ -9,13 +9,15 @@ once, in a few seconds, into the user's cache folder; where there is none, PyTor
 C++ files a second time: those of `attention.less_attention`, of `observe`, `protected`, `capacity` and `victim` of the policies
 in `POLICIES`, and φ, ψ and the state of the memories in `MEMORIES`.
 
-A model compiled with torch.compile never comes here.
+The steps of a model compiled with torch.compile never come here.
 """
 
+import contextlib
 import ctypes
 import functools
 import hashlib
 import os
+import platform
 import shlex
 import shutil
 import subprocess
@@ -96,28 +98,41 @@ def can(layer: Any, call: AttentionCall) -> bool:
     says what is wrong with it.
     """
     memory, dtype = layer.kernels, layer.keys.dtype
-    (b, h, _, d), (g, w) = call.query_states.shape, layer.values.shape[1::2]
+    (b, h, _, d), (g, c, w) = call.query_states.shape, layer.values.shape[1:]
+    if type(layer.policy) not in POLICIES or type(memory) not in MEMORIES or dtype not in DTYPES:
+        return False
+    floats, numbers = torch.float32, torch.int64
+    expected = {
+        **{"keys": ((b, g, c, d), dtype), "values": ((b, g, c, w), dtype)},
+        **{"positions": ((b, g, c), torch.int32), "scores": ((b, g, c), floats)},
+        **{"seen": ((b,), numbers), "counts": ((b, 2), numbers), "settled": ((b,), torch.bool)},
+    }
+    if isinstance(memory, LayerCentroids):
+        r = memory.num_centroids
+        expected |= {"count": ((b, g, r), floats), "squares_sum": ((b, g, r), floats)}
+        expected |= {"keys_sum": ((b, g, r, d), floats), "values_sum": ((b, g, r, w), floats)}
+    elif memory is not None:
+        r = memory.num_virtual_tokens
+        expected |= {"features_sum": ((b, g, r), floats), "values_sum": ((b, g, r, w + memory.extra_dims), floats)}
+    held = layer.tensors()
     return (
-        type(layer.policy) in POLICIES
-        and type(memory) in MEMORIES
-        and dtype in DTYPES
-        and all(states.dtype == dtype for states in (layer.values, call.query_states, call.key_states, call.value_states))
-        and layer.keys.shape[::3] == (b, d)
+        held.keys() == expected.keys()
+        and all(_is_plain(held[name], dtype) and held[name].shape == shape for name, (shape, dtype) in expected.items())
+        and all(states.dtype == dtype for states in (call.query_states, call.key_states, call.value_states))
         and call.key_states.shape == (b, g, 1, d)
         and call.value_states.shape == (b, g, 1, w)
         and (call.sinks is None or call.sinks.shape == (h,))
-        and all(rows.is_contiguous() for rows in layer.tensors().values())
-        and (not isinstance(memory, TrainedMemory) or (memory.sizes[:3] == (h, g, d) and _are_plain(memory)))
+        and (not isinstance(memory, TrainedMemory) or memory.sizes[:3] == (h, g, d))
         and _compiled() is not None
     )
 
 
-def _are_plain(memory: TrainedMemory) -> bool:
-    return all(weights.dtype == torch.float32 and weights.is_contiguous() for weights in memory.weights.values())
+def _is_plain(tensor: torch.Tensor, dtype: torch.dtype) -> bool:
+    return tensor.dtype == dtype and tensor.device.type == "cpu" and tensor.is_contiguous()
 
 
-def step(layer: Any, call: AttentionCall) -> torch.Tensor:
-    """What `LESSLayer._step` does: `[b, h, 1, w]`."""
+def step(layer: Any, call: AttentionCall) -> torch.Tensor | None:
+    """What `LESSLayer._step` does: `[b, h, 1, w]`; None, and nothing done, where the kernels are not float32 on a processor."""
     library = _compiled()
     assert library is not None, "`can` says whether it is there"
     query_states, key_states, value_states = (
@@ -129,6 +144,9 @@ def step(layer: Any, call: AttentionCall) -> torch.Tensor:
     real = None if call.real is None else call.real.contiguous()
     sinks = None if call.sinks is None else call.sinks.detach().float().contiguous()
     memory = None if layer.state is None else layer.kernels
+    weights = {} if memory is None else dict(memory.named_parameters(recurse=False))
+    if not all(_is_plain(each, torch.float32) for each in weights.values()):
+        return None
     arguments = Step(
         *(b, g, h // g, c, d, w, 0, 0, torch.get_num_threads()),
         *(DTYPES[query_states.dtype], POLICIES[type(layer.policy)], MEMORIES[type(memory)], real is not None),
@@ -147,13 +165,13 @@ def step(layer: Any, call: AttentionCall) -> torch.Tensor:
         arguments.keys_sum = layer.state.keys_sum.data_ptr()
         arguments.squares_sum = layer.state.squares_sum.data_ptr()
     elif memory is not None:
-        weights = {name: parameter.data_ptr() for name, parameter in memory.weights.items()}
+        pointers = {name: each.data_ptr() for name, each in weights.items()}
         query, key = NETWORKS[type(memory)]
         arguments.r, arguments.m = memory.num_virtual_tokens, memory.sizes[3]
         arguments.features_sum = layer.state.features_sum.data_ptr()
-        arguments.query_network = Network(*(weights.get(name) for name in query))
-        arguments.key_network = Network(*(weights.get(name) for name in key))
-        arguments.fading = weights.get("fading")
+        arguments.query_network = Network(*(pointers.get(name) for name in query))
+        arguments.key_network = Network(*(pointers.get(name) for name in key))
+        arguments.fading = pointers.get("fading")
     library.less_step(ctypes.byref(arguments))
     return output
 
@@ -203,28 +221,17 @@ def compiler() -> str | None:
 
 @functools.cache
 def _compiled() -> ctypes.CDLL | None:
-    """The C++ functions, built where this user has not built it before; None without a compiler and, with a warning, where
+    """The C++ functions, built where this user has not built them before; None without a compiler and, with a warning, where
     that fails.
     """
     found = compiler()
     if found is None:
         return None
-    command = [*shlex.split(found), "-O3", "-std=c++17", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math"]
-    command += INSTRUCTIONS.get(torch.backends.cpu.get_cpu_capability(), [])
-    command += ["-fopenmp"] if sys.platform == "linux" else []  # Apple's compiler has none: one thread
-    digest = hashlib.sha256("\0".join([*command, *(source.read_text("utf-8") for source in SOURCES)]).encode()).hexdigest()
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "less-cache"
-    library = folder / f"native-{digest[:16]}.so"
     try:
-        if not library.exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=folder) as work:
-                built = Path(work) / library.name
-                sources = [source for source in SOURCES if source.suffix == ".cpp"]
-                subprocess.run([*command, *sources, "-o", built], check=True, capture_output=True, text=True)
-                built.replace(library)  # other processes may build it at the same time: each sees all of it or nothing
-        built_library = ctypes.CDLL(str(library))
-    except (OSError, subprocess.CalledProcessError) as error:
+        library = _build(shlex.split(found))
+        for function in (library.less_step, library.less_read_prompt):
+            function.restype, function.argtypes = None, [ctypes.c_void_p]
+    except (OSError, RuntimeError, ValueError, AttributeError, subprocess.CalledProcessError) as error:
         reason = " ".join((getattr(error, "stderr", None) or str(error)).split())[:300]
         warnings.warn(
             f"less_cache: the C++ form could not be built ({reason}). PyTorch takes its place, with the same result in more "
@@ -233,6 +240,25 @@ def _compiled() -> ctypes.CDLL | None:
             stacklevel=2,
         )
         return None
-    for function in (built_library.less_step, built_library.less_read_prompt):
-        function.restype, function.argtypes = None, [ctypes.c_void_p]
-    return built_library
+    return library
+
+
+def _build(compile_with: list[str]) -> ctypes.CDLL:
+    """The library of this source, command and kind of machine; a file that does not load is built anew."""
+    command = [*compile_with, "-O3", "-std=c++17", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math"]
+    command += INSTRUCTIONS.get(torch.backends.cpu.get_cpu_capability(), [])
+    command += ["-fopenmp"] if sys.platform == "linux" else []  # Apple's compiler has none: one thread
+    said = [platform.machine(), *command, *(source.read_text("utf-8") for source in SOURCES)]
+    digest = hashlib.sha256("\0".join(said).encode()).hexdigest()
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "less-cache"
+    library = folder / f"native-{digest[:16]}.so"
+    if library.exists():
+        with contextlib.suppress(OSError):
+            return ctypes.CDLL(str(library))
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as work:
+        built = Path(work) / library.name
+        sources = [source for source in SOURCES if source.suffix == ".cpp"]
+        subprocess.run([*command, *sources, "-o", built], check=True, capture_output=True, text=True, errors="replace")
+        built.replace(library)  # other processes may build it at the same time: each sees all of it or nothing
+    return ctypes.CDLL(str(library))

@@ -48,7 +48,7 @@ struct Step {
     const void *value;      // [b, g, w]
     const bool *real;       // [b], where has_real
     const float *sinks;     // [g, s] or null
-    void *keys;             // [b, g, c, d], in place, as all up to features_sum
+    void *keys;             // [b, g, c, d], in place, as all below but the weights and counts
     void *values;           // [b, g, c, w]
     int32_t *positions;     // [b, g, c], -1: empty
     float *scores;          // [b, g, c]
@@ -297,7 +297,8 @@ void put_together(
     }
 }
 
-// The centroid nearest to a pair, as `LayerCentroids` compares them; the first empty one, where there is any.
+// The centroid nearest to a pair, as `LayerCentroids` compares them; the first empty one, where there is any: with a pair
+// equal to a centroid to the last bit, PyTorch's rounding decides between the two.
 int64_t nearest_centroid(const Step &step, int64_t head, const float *key, const float *value) {
     const int64_t r = step.r, d = step.d, w = step.w;
     const float *counts = step.features_sum + head * r;
@@ -393,7 +394,7 @@ template <typename T, int D> void run(const Step &step) {
     float *weights = buffer.data();                    // [b, g, s, c]
     float *shares = weights + heads * s * c;           // [b, g, s, 1 + r]
     float *means = shares + heads * s * share_count;   // [b, g, parts, s, w]
-#pragma omp parallel if (heads * parts > 1)
+#pragma omp parallel num_threads(int(step.threads)) if (heads * parts > 1)
     {
 #pragma omp for
         for (int64_t head = 0; head < heads; head++) write<T>(step, head);

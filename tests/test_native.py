@@ -182,15 +182,48 @@ def test_what_it_refuses(refused):
         outputs(**refused)
 
 
-def test_kernels_of_another_type_are_left_to_pytorch():
-    """Which says what is wrong; the C++ step would read their bytes as numbers of its own type."""
-    with mock.patch.object(native, "step", side_effect=AssertionError), pytest.raises(RuntimeError, match="Half"):
-        outputs(memory=tiny.layer_kernels(2, 1, 8).half())
+@pytest.mark.parametrize("change", [{"dtype": torch.float16}, {"device": "meta"}], ids=lambda change: next(iter(change)))
+def test_kernels_that_changed_are_left_to_pytorch(change):
+    """Which says what is wrong; C++ would read their bytes as float32, wherever they point."""
+    memory = tiny.layer_kernels(2, 1, 8)
+    _, layer = outputs(memory=memory)
+    memory.to(**change)
+    with pytest.raises(RuntimeError, match=r"Half|meta"):
+        tiny.feed(layer, *tiny.random_states(1, 2, 1, 1, 8), [1])
+
+
+def test_weights_that_were_replaced_are_read():
+    memory = tiny.layer_kernels(2, 1, 8)
+    _, layer = outputs(memory=memory)
+    memory.load_state_dict(tiny.layer_kernels(2, 1, 8, seed=1).state_dict(), assign=True)
+    other, states = layer.fork(), tiny.random_states(1, 2, 1, 1, 8)
+    output = tiny.feed(layer, *states, [1])
+    with mock.patch.dict("less_cache.layer.FUSED", clear=True):
+        torch.testing.assert_close(output, tiny.feed(other, *states, [1]))
 
 
 def test_kernels_of_other_heads_are_left_to_pytorch():
     with mock.patch.object(native, "step", side_effect=AssertionError), pytest.raises(RuntimeError):
         outputs(memory=tiny.layer_kernels(3, 1, 8))
+
+
+@pytest.mark.parametrize(
+    "name, change",
+    [
+        ("positions", torch.Tensor.long),
+        ("positions", lambda rows: rows[..., :2].contiguous()),
+        ("keys", lambda rows: rows[..., :2, :].contiguous()),
+        ("scores", torch.Tensor.double),
+        ("counts", lambda rows: rows[:, :1].contiguous()),
+        ("features_sum", lambda rows: rows[..., :1].contiguous()),
+    ],
+)
+def test_a_layer_with_odd_tensors_is_left_to_pytorch(name, change):
+    """As from a damaged file: C++ would read and write beyond them."""
+    _, layer = outputs(memory=tiny.layer_kernels(2, 1, 8))
+    layer.set_tensors({**layer.tensors(), name: change(layer.tensors()[name])})
+    call = AttentionCall(*tiny.random_states(1, 2, 1, 1, 8), None, None, 1.0, None, None)
+    assert not native.can(layer, call)
 
 
 def test_torch_compile_never_asks_for_it():
@@ -225,6 +258,26 @@ def test_built_once(built_anew, monkeypatch):
     monkeypatch.setattr(subprocess, "run", mock.Mock(side_effect=AssertionError))
     torch.testing.assert_close(outputs()[0], expected)
     assert [library] == list(built_anew.iterdir())
+
+
+def test_a_broken_library_is_built_anew(built_anew, monkeypatch, tmp_path):
+    outputs()
+    [library] = built_anew.iterdir()
+    broken = tmp_path / "other" / "less-cache" / library.name
+    broken.parent.mkdir(parents=True)
+    broken.touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
+    native._compiled.cache_clear()
+    with warnings.catch_warnings(action="error"):
+        outputs()
+    assert broken.stat().st_size > 0
+
+
+@pytest.mark.parametrize("compiler, reason", [("g++ 'a", "No closing quotation"), ("no-such-compiler", "No such file")])
+def test_what_is_no_compiler_warns(built_anew, monkeypatch, compiler, reason):
+    monkeypatch.setenv("CXX", compiler)
+    with pytest.warns(RuntimeWarning, match=rf"could not be built \(.*{reason}.*PyTorch takes its place"):
+        assert torch.equal(outputs()[0], outputs_in_pytorch())
 
 
 def test_without_a_compiler_pytorch_takes_the_steps(built_anew, monkeypatch):
