@@ -15,6 +15,7 @@ from typing import Annotated
 import torch
 import typer
 
+from less_cache.bench.command import without_folder
 from less_cache.bench.contenders import Contest
 from less_cache.bench.machine import describe
 from less_cache.bench.options import BenchOptions
@@ -48,7 +49,7 @@ def main(
     compared = ratios(times, str(context[0]))
     report = {
         "benchmark": "constant_step",
-        "model": Path(model).absolute().name if Path(model).exists() else model,
+        "model": without_folder(model),
         "kernels_sha256": contest.kernels.config.sha256,
         **{"policy": options.policy, "budget": budget, "dtype": options.dtype, "rounds": rounds, "tokens": tokens},
         **describe(contest.device),

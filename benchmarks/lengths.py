@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from less_cache import LESSCache, LESSKernels, models
+from less_cache.bench.command import without_folder
 from less_cache.bench.machine import describe
 from less_cache.evaluation.perplexity import perplexity, stretches
 from less_cache.policies import POLICIES, EvictionPolicy, policy_class
@@ -53,7 +54,7 @@ def main(
     console.print(table)
     report = {
         "benchmark": "lengths",
-        "model": Path(model_name).name if Path(model_name).exists() else model_name,
+        "model": without_folder(model_name),
         "kernels_sha256": kernels.config.sha256,
         "data": [path.name for path in data],
         **{"sequences": sequences, "decoded": decoded, "dtype": dtype},

@@ -72,7 +72,7 @@ class Step(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("b", "g", "s", "c", "d", "w", "r", "m", "threads")),
-        *((name, ctypes.c_int32) for name in ("dtype", "policy", "memory", "has_real")),
+        *((name, ctypes.c_int32) for name in ("dtype", "policy", "memory")),
         *((name, ctypes.c_float) for name in ("scaling", "softcap")),
         *((name, ctypes.c_void_p) for name in ("query", "key", "value", "real", "sinks")),
         *((name, ctypes.c_void_p) for name in ("keys", "values", "positions", "scores", "seen", "counts", "settled")),
@@ -149,7 +149,7 @@ def step(layer: Any, call: AttentionCall) -> torch.Tensor | None:
         return None
     arguments = Step(
         *(b, g, h // g, c, d, w, 0, 0, torch.get_num_threads()),
-        *(DTYPES[query_states.dtype], POLICIES[type(layer.policy)], MEMORIES[type(memory)], real is not None),
+        *(DTYPES[query_states.dtype], POLICIES[type(layer.policy)], MEMORIES[type(memory)]),
         *(call.scaling, call.softcap or 0.0),
         *(query_states.data_ptr(), key_states.data_ptr(), value_states.data_ptr()),
         *(None if given is None else given.data_ptr() for given in (real, sinks)),

@@ -41,12 +41,12 @@ struct Network {
 
 struct Step {
     int64_t b, g, s, c, d, w, r, m, threads;
-    int32_t dtype, policy, memory, has_real;
+    int32_t dtype, policy, memory;
     float scaling, softcap; // softcap 0: none
     const void *query;      // [b, g, s, d]
     const void *key;        // [b, g, d]
     const void *value;      // [b, g, w]
-    const bool *real;       // [b], where has_real
+    const bool *real;       // [b], which tokens are not padding, or null: all
     const float *sinks;     // [g, s] or null
     void *keys;             // [b, g, c, d], in place, as all below but the weights and counts
     void *values;           // [b, g, c, w]
@@ -165,6 +165,8 @@ void key_features(int64_t head, float *key, float *features, float *hidden, cons
     add_product(features, of.w3 + head * r * r, mixed.data(), r, r);
     for (int64_t j = 0; j < r; j++) features[j] = std::fabs(features[j] + of.s2[head * r + j] * mixed[j]);
 }
+
+inline bool is_real(const Step &step, int64_t row) { return !step.real || step.real[row]; }
 
 inline float cap(float logit, float softcap) { return softcap > 0 ? softcap * std::tanh(logit / softcap) : logit; }
 
@@ -330,7 +332,7 @@ template <typename T> void evict(const Step &step, int64_t head, const float *we
     int32_t *positions = step.positions + head * c;
     float *scores = step.scores + head * c;
     const int32_t before = int32_t(step.seen[row]);
-    const bool arrives = !step.has_real || step.real[row];
+    const bool arrives = is_real(step, row);
     const int32_t seen = before + arrives;
     if (step.policy == H2O && arrives)
         for (int64_t h = 0; h < s; h++)
@@ -422,7 +424,7 @@ template <typename T, int D> void run(const Step &step) {
         }
     }
     for (int64_t row = 0; row < step.b; row++) {
-        const bool arrives = !step.has_real || step.real[row];
+        const bool arrives = is_real(step, row);
         step.settled[row] |= step.seen[row] > 0 && arrives;
         step.seen[row] += arrives;
     }

@@ -38,8 +38,8 @@ def run(benchmark: str, options: BenchOptions, output: Path | None, picture: Pat
     report = {
         "benchmark": benchmark,
         **dataclasses.asdict(options),
-        "model": _without_folder(options.model),
-        "kernels": None if options.kernels is None else _without_folder(options.kernels),
+        "model": without_folder(options.model),
+        "kernels": None if options.kernels is None else without_folder(options.kernels),
         "kernels_sha256": None if contest.kernels is None else contest.kernels.config.sha256,
         "parameters": sum(parameter.numel() for parameter in contest.model.parameters()),
         **machine.describe(contest.device),
@@ -49,6 +49,6 @@ def run(benchmark: str, options: BenchOptions, output: Path | None, picture: Pat
     outputs.finish(report, output, picture, plot.draw)
 
 
-def _without_folder(source: str) -> str:
+def without_folder(source: str) -> str:
     """A Hub id as it is; of a path its last part, as a report goes to others."""
     return Path(source).absolute().name if Path(source).exists() else source
