@@ -476,11 +476,7 @@ class LESSLayer(CacheLayerMixin):
         first = n - observed if is_first else 0  # of the queries to go through
         if first < n and is_first and call.attention_mask is None:
             attends = self._attends_prompt(query_states, None)
-            fused = _fused(call)
-            if fused is not None and fused.can_read(self.policy, call):
-                scores, output = fused.read_prompt(call, scores, first, attends)
-            else:
-                scores, output = read_prompt(self.policy, call, scores, new_positions, first, attends)
+            scores, output = read_first_block(self.policy, call, scores, new_positions, first, attends)
             outputs, first = [output] if output is not None else [], n
         for start in range(first, n, QUERY_BLOCK):
             rows = slice(start, min(start + QUERY_BLOCK, n))
@@ -577,6 +573,16 @@ def _no_autocast(device_type: str) -> contextlib.AbstractContextManager:
     if not torch.is_autocast_enabled(device_type):
         return contextlib.nullcontext()  # turning it off takes a while even where it is off
     return torch.autocast(device_type, enabled=False)
+
+
+def read_first_block(
+    policy: EvictionPolicy, call: AttentionCall, scores: torch.Tensor, positions: torch.Tensor, start: int, attends: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`read_prompt`, in the fused form where there is one."""
+    fused = _fused(call)
+    if fused is not None and fused.can_read(policy, call):
+        return fused.read_prompt(call, scores, start, attends)
+    return read_prompt(policy, call, scores, positions, start, attends)
 
 
 def _fused(call: AttentionCall) -> Any:

@@ -9,6 +9,7 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import tiny
@@ -16,7 +17,7 @@ import torch
 import zoo
 from transformers import MistralConfig, MistralForCausalLM
 
-from less_cache import CORM, H2O, LESSCache, LESSError, LESSKernels, SinkRecent, hook
+from less_cache import CORM, H2O, LESSCache, LESSError, LESSKernels, SinkRecent, hook, native
 from less_cache.attention import attention_logits
 from less_cache.kernels import MEMORIES
 from less_cache.layer import LESSLayer
@@ -24,6 +25,7 @@ from less_cache.training import TokenSampler, TrainingOptions, estimate, train
 from less_cache.training import joint as joint_module
 from less_cache.training.capture import Shard, layer_folder, shard_path
 from less_cache.training.data import hub_text, own_text
+from less_cache.training.joint import distances
 from less_cache.training.layers import TeacherLayer, roll_layers, student_cache, teacher_cache
 from less_cache.training.options import Example, draw_examples
 from less_cache.training.simulate import attend, columns
@@ -81,6 +83,19 @@ def test_scores_go_on_from_a_shorter_prompt():
         torch.testing.assert_close(scores, alone)
 
 
+def test_scores_come_from_the_fused_form_where_there_is_one():
+    teacher = TeacherLayer()
+    teacher.queries, teacher.keys, teacher.values = tiny.random_states(1, 6, 2, 40, 64)
+    teacher.scaling, teacher.softcap, teacher.sinks = 0.125, None, None
+    examples = [Example(30, H2O(4, 4)), Example(40, H2O(2, 2))]
+    with mock.patch.object(native, "read_prompt", wraps=native.read_prompt) as read:
+        fused = list(teacher.scores_after(examples))
+    assert read.call_count == 2
+    with mock.patch.dict("less_cache.layer.FUSED", clear=True):
+        for mine, expected in zip(fused, teacher.scores_after(examples), strict=True):
+            torch.testing.assert_close(mine, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_training_lowers_the_error_of_each_layer(tmp_path):
     options = dataclasses.replace(TINY, sequences=8, layerwise_steps=60, joint_steps=0, hidden_size=16)
     train(tiny.tiny_llama(), sampler(), options, tmp_path)
@@ -98,6 +113,23 @@ def test_joint_training_lowers_the_divergence(tmp_path):
     train(tiny.tiny_llama(), TokenSampler([[torch.arange(14) * 7 % tiny.VOCAB]]), options, tmp_path)
     losses = json.loads((tmp_path / "training_log.json").read_text())["joint"]
     assert losses[-1] < 0.8 * losses[0]
+
+
+def test_how_far_layers_are_apart():
+    dense = [torch.ones(1, 4, 8) * 5, torch.ones(1, 4, 8), torch.ones(1, 4, 8) * 2]
+    student = [torch.zeros(1, 4, 8), torch.ones(1, 4, 8) * 1.5, torch.ones(1, 4, 8) * 2]
+    assert distances(student, dense).tolist() == [0.25, 0]  # not of the embeddings, which come first
+
+
+def test_the_joint_loss_counts_what_every_layer_hands_on(tmp_path, monkeypatch):
+    """Without the term of the layers, the first step's gradient is another one."""
+    gradients = []
+    for weight in (1, 0):
+        monkeypatch.setattr(joint_module, "distances", lambda *states, weight=weight: distances(*states) ** weight)
+        options = dataclasses.replace(TINY, layerwise_steps=0, joint_steps=1)
+        gradients.append(train(tiny.tiny_llama(), sampler(), options, tmp_path / str(weight)).state_dict())
+    # Adam's first step is the sign of the gradient: enough signs differ
+    assert any((gradients[0][name] != gradients[1][name]).float().mean() > 0.05 for name in gradients[0])
 
 
 ARCHITECTURES = ("falcon", "gemma3_text", "gpt_oss", "opt")  # multi-query outside of AttentionInterface, sliding, sinks, biases

@@ -43,6 +43,7 @@ class Contest:
         kernels = given or (random_kernels(self.model, options.seed) if with_less else None)
         self.kernels = None if kernels is None else kernels.to(self.device)
         self.generator = torch.Generator(self.device).manual_seed(options.seed)
+        self._prompts: dict[tuple[str, int], LESSCache] = {}  # what `fill` has read
         for name in options.caches:
             self.make(name, max(options.contexts))  # one that cannot be made is reported before anything is measured
 
@@ -82,12 +83,15 @@ class Contest:
     def fill(self, name: str, context: int, batch: int, more: int = 0) -> Cache:
         """A cache that holds `context` tokens of `batch` sequences, with room for `more`.
 
-        A full cache gets random keys and values, as speed does not depend on them. A LESSCache reads one text in chunks,
-        then holds it `batch` times.
+        A full cache gets random keys and values, as speed does not depend on them. A LESSCache reads one text in chunks, once
+        for each kind and context, then holds it `batch` times.
         """
         cache = self.make(name, context, more)
         if isinstance(cache, LESSCache):
-            self.read(cache, self.tokens(1, context), self.options.chunk)
+            if (name, context) not in self._prompts:
+                self.read(cache, self.tokens(1, context), self.options.chunk)
+                self._prompts[name, context] = cache
+            cache = self._prompts[name, context].fork()
             if batch > 1:
                 cache.batch_repeat_interleave(batch)
             return cache

@@ -1,33 +1,42 @@
 """The second stage: all kernels at once, on the model's output with LESS in every layer.
 
-Loss: the logarithm of the mean over decoded tokens of KL(full cache || LESS), so that what counts is the share of the
-divergence that goes: small budgets, which lose ten times as much, would drown the others. Each sequence of a step is a unit
-of its own: one dense forward for all its prompts, then a block of decoded tokens a prompt. Processes share the units out and
-the units' gradients are added in one order, so that any number of processes ends with the same bytes.
+Loss of a block of decoded tokens, with x_l what layer l of L hands on to the next:
+
+    log KL(full cache || LESS)  +  1/L Σ_l log( |x_l − x_l of the full cache|² / |x_l of the full cache|² )
+
+Logarithms, so that what counts is the share of the divergence that goes: small budgets, which lose ten times as much, would
+drown the others. The output alone tells a layer little about its own part of the error; the second term does.
+
+Each sequence of a step is a unit of its own: one dense forward for all its prompts, then a block of decoded tokens a prompt.
+Processes share the units out and the units' gradients are added in one order, so that any number of processes ends with the
+same bytes.
 
 Axes: `n` decoded tokens.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch.nn.functional import kl_div
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 from less_cache.errors import LESSError
 from less_cache.kernels import LESSKernels
 from less_cache.training.data import TokenSampler
 from less_cache.training.layers import TeacherLayer, roll_layers, student_cache, teacher_cache
+from less_cache.training.muon import Muon
 from less_cache.training.options import Example, TrainingOptions, cosine, draw_examples
 from less_cache.training.processes import Processes
 
 STAGE = "joint"
 WARM_UP = 10  # steps in which the learning rate rises
 LITTLE = 1e-3  # nats a token: what is lost where it hardly matters any more
+LITTLE_APART = 1e-4  # the same of a layer's share
 
 
 class JointStage:
-    """Kernels, optimizer and the number of steps done: all that a checkpoint holds."""
+    """Kernels, optimizers and the number of steps done: all that a checkpoint holds."""
 
     def __init__(
         self,
@@ -41,7 +50,12 @@ class JointStage:
         kernels.requires_grad_(True)
         self.parameters = list(kernels.parameters())
         self.sizes = [parameter.numel() for parameter in self.parameters]
-        self.optimizer = torch.optim.Adam(self.parameters, betas=(0.9, 0.98))  # few steps: the usual 0.999 adapts too late
+        matrices = [parameter for parameter in self.parameters if parameter.dim() == 3]  # a matrix for each head
+        others = [parameter for parameter in self.parameters if parameter.dim() != 3]
+        rate = options.joint_learning_rate
+        self.optimizers: list[torch.optim.Optimizer] = [Muon(matrices, rate)]
+        if others:
+            self.optimizers.append(torch.optim.Adam(others, rate, betas=(0.9, 0.98)))  # few steps: 0.999 adapts too late
         self.losses: list[float] = []
 
     @property
@@ -63,11 +77,12 @@ class JointStage:
         gradients = (total[:-1] / options.batch_size).split(self.sizes)
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
             parameter.grad = gradient.view_as(parameter)
-        for group in self.optimizer.param_groups:
-            group["lr"] = cosine(options.joint_learning_rate, self.step / options.joint_steps)
-            group["lr"] *= min(1, (self.step + 1) / WARM_UP)
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
-        self.optimizer.step()
+        rate = cosine(options.joint_learning_rate, self.step / options.joint_steps) * min(1, (self.step + 1) / WARM_UP)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.step()
         self.losses.append(loss)
         return loss
 
@@ -76,7 +91,7 @@ class JointStage:
         examples = draw_examples(self.options, STAGE, index)
         generator = torch.Generator().manual_seed((self.options.seed + 1) * 1_000_003 + index)
         tokens = self.sampler.batch(1, examples[-1].prompt_length + self.options.decoded, generator).to(self.model.device)
-        self.optimizer.zero_grad()
+        self.kernels.zero_grad()
         loss = self._backward(tokens, examples)
         return torch.cat([parameter.grad.flatten() for parameter in self.parameters] + [self.parameters[0].new_tensor([loss])])
 
@@ -86,24 +101,39 @@ class JointStage:
         with torch.no_grad():
             dense = teacher_cache(self.model.config, self.kernels.config.layers)
             logits_at = torch.cat([torch.arange(span.start, span.stop) for span in spans]).to(tokens.device)
-            targets = self.model(tokens, past_key_values=dense, use_cache=True, logits_to_keep=logits_at).logits.split(n, dim=1)
+            full = self._forward(tokens, dense, logits_at)
+            targets = full.logits.split(n, dim=1)
             teachers = [layer for layer in dense.layers if isinstance(layer, TeacherLayer)]
             scores = zip(*(teacher.scores_after(examples) for teacher in teachers), strict=True)
             rolls = [roll_layers(teachers, example, each, n) for example, each in zip(examples, scores, strict=True)]
         total = 0.0
         for example, span, target, decodes in zip(examples, spans, targets, rolls, strict=True):
-            cache = student_cache(dense, example, decodes, self.kernels)
-            logits = self.model(tokens[:, span], past_key_values=cache, use_cache=True).logits
+            less = self._forward(tokens[:, span], student_cache(dense, example, decodes, self.kernels))
             log_target = target.float().log_softmax(-1)
-            divergence = kl_div(logits.float().log_softmax(-1), log_target, reduction="sum", log_target=True) / n
-            (torch.log(divergence + LITTLE) / len(examples)).backward()
+            divergence = kl_div(less.logits.float().log_softmax(-1), log_target, reduction="sum", log_target=True) / n
+            apart = distances(less.hidden_states, [states[:, span] for states in full.hidden_states])
+            loss = torch.log(divergence + LITTLE) + torch.log(apart + LITTLE_APART).mean()
+            (loss / len(examples)).backward()
             total += divergence.item() / len(examples)
         return total
 
+    def _forward(self, tokens: torch.Tensor, cache: Cache, logits_to_keep: torch.Tensor | int = 0) -> Any:
+        """Logits, and what each layer hands on."""
+        kept = {"logits_to_keep": logits_to_keep, "output_hidden_states": True}
+        return self.model(tokens, past_key_values=cache, use_cache=True, **kept)
+
     def state_dict(self) -> dict:
-        return {"kernels": self.kernels.state_dict(), "optimizer": self.optimizer.state_dict(), "losses": self.losses}
+        optimizers = [optimizer.state_dict() for optimizer in self.optimizers]
+        return {"kernels": self.kernels.state_dict(), "optimizers": optimizers, "losses": self.losses}
 
     def load_state_dict(self, state: dict) -> None:
         self.kernels.load_state_dict(state["kernels"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
         self.losses = state["losses"]
+
+
+def distances(hidden_states: Sequence[torch.Tensor], dense: Sequence[torch.Tensor]) -> torch.Tensor:
+    """|x − x dense|² / |x dense|² of what each layer hands on, `[layers]`; each `[b, n, hidden]`, the embeddings first."""
+    pairs = [(states.float(), target.float()) for states, target in zip(hidden_states[1:], dense[1:], strict=True)]
+    return torch.stack([(states - target).square().mean() / target.square().mean() for states, target in pairs])

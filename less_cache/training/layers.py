@@ -15,8 +15,8 @@ from less_cache.attention import attention_logits
 from less_cache.call import AttentionCall
 from less_cache.errors import LESSError
 from less_cache.kernels import LESSKernels
+from less_cache.layer import read_first_block
 from less_cache.memory import TrainedMemory
-from less_cache.prompt import read_prompt
 from less_cache.training.options import Example
 from less_cache.training.simulate import Decode, attend, columns, roll
 
@@ -108,7 +108,7 @@ class TeacherLayer(TrainingLayer):
                 scores[:, :, :start] = earlier[policy.name]
             if start < p:
                 prompt = call.part(0, p)
-                scores, _ = read_prompt(policy, prompt, scores, column.expand(b, p), start, attends=False)
+                scores, _ = read_first_block(policy, prompt, scores, column.expand(b, p), start, attends=False)
             if policy.observed(counts, p) == p:
                 earlier[policy.name] = scores.clone()
             yield scores

@@ -24,7 +24,8 @@ class TrainingOptions:
         layerwise_steps: Steps a layer of the first stage, a sequence each: each layer matches its own dense output.
         joint_steps: Steps of the second stage: all layers run under LESS, the model's output distribution is matched.
         batch_size: Sequences a step of the second stage.
-        layerwise_learning_rate, joint_learning_rate: Adam's, at the start; falls to a tenth along a cosine.
+        layerwise_learning_rate: Adam's, at the start; falls to a tenth along a cosine.
+        joint_learning_rate: Muon's and Adam's; rises over the first steps, then falls in the same way.
         memory, rank, hidden_size: Kind and sizes of the kernels, as in `LESSConfig`.
         seed: Of the initial weights and of every draw.
         checkpoint_every: Steps between checkpoints of the second stage.
