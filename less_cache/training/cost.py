@@ -66,16 +66,20 @@ def estimate(model: PreTrainedModel, options: TrainingOptions) -> Cost:
     projections = layers * text_config.hidden_size * h * d * itemsize
     captured = range(options.sequences) if options.layerwise_steps else options.held_out
     examples = [draw_examples(options, capture.STAGE, index) for index in captured]
-    drawn = [draw_examples(options, joint.STAGE, index) for index in range(options.joint_steps * options.batch_size)]
+    # Steps that share a sequence have prompts of the same lengths, which is what counts here.
+    groups = -(-options.joint_steps // options.steps_per_sequence)
+    drawn = [draw_examples(options, joint.STAGE, index) for index in range(groups * options.batch_size)]
+    turns = options.joint_steps / groups if groups else 0
     kernel_bytes = 4 * layers * sum(math.prod(shape) for shape in MEMORIES[options.memory].shapes(h, g, d, m, r).values())
     mean = sum(map(less, examples)) / len(examples)
+    held = options.batch_size if options.steps_per_sequence > 1 else 1  # dense forwards at once
     longest = options.longest
     return Cost(
         capture=sum(map(dense, examples)),
         layerwise=layers * options.layerwise_steps * mean,
-        joint=sum(dense(each) + layers * less(each) + 6 * parameters * n * len(each) for each in drawn),
+        joint=sum(dense(each) + turns * (layers * less(each) + 6 * parameters * n * len(each)) for each in drawn),
         disk=layers * sum(map(shard, examples)) + projections + 6 * kernel_bytes,
         memory=parameters * itemsize
         + (4 + 2 * options.batch_size) * kernel_bytes
-        + (layers * longest * d * 2 * (h + g) * itemsize if options.joint_steps else 0),
+        + (held * layers * longest * (d * (h + 2 * g) + text_config.hidden_size) * itemsize if options.joint_steps else 0),
     )

@@ -7,13 +7,14 @@ Loss of a block of decoded tokens, with x_l what layer l of L hands on to the ne
 Logarithms, so that what counts is the share of the divergence that goes: small budgets, which lose ten times as much, would
 drown the others. The output alone tells a layer little about its own part of the error; the second term does.
 
-Each sequence of a step is a unit of its own: one dense forward for all its prompts, then a block of decoded tokens a prompt.
-Processes share the units out and the units' gradients are added in one order, so that any number of processes ends with the
-same bytes.
+Each sequence of a step is a unit of its own: one dense forward for all its prompts, which a few steps share, then a block of
+decoded tokens a prompt. Processes share the units out and the units' gradients are added in one order, so that any number of
+processes ends with the same bytes.
 
 Axes: `n` decoded tokens.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -33,6 +34,16 @@ STAGE = "joint"
 WARM_UP = 10  # steps in which the learning rate rises
 LITTLE = 1e-3  # nats a token: what is lost where it hardly matters any more
 LITTLE_APART = 1e-4  # the same of a layer's share
+
+
+@dataclasses.dataclass
+class Dense:
+    """A sequence as the model sees it with its full cache."""
+
+    tokens: torch.Tensor  # [1, t]
+    cache: Cache
+    logits: tuple[torch.Tensor, ...]  # [1, n, vocab], of each prompt's decoded tokens
+    hidden_states: Sequence[torch.Tensor]  # [1, t, hidden], the embeddings first, then what each layer hands on
 
 
 class JointStage:
@@ -57,6 +68,7 @@ class JointStage:
         if others:
             self.optimizers.append(torch.optim.Adam(others, rate, betas=(0.9, 0.98)))  # few steps: 0.999 adapts too late
         self.losses: list[float] = []
+        self._held: dict[int, Dense] = {}  # sequences that later steps use again
 
     @property
     def step(self) -> int:
@@ -65,8 +77,9 @@ class JointStage:
     def advance(self) -> float:
         """One step. Returns its divergence, mean over the sequences."""
         options = self.options
-        first = self.step * options.batch_size
-        units = [self._unit(first + index) for index in self.processes.share(range(options.batch_size))]
+        before, turn = divmod(self.step, options.steps_per_sequence)
+        sequences = range(before * options.batch_size, (before + 1) * options.batch_size)
+        units = [self._unit(sequence, turn) for sequence in self.processes.share(sequences)]
         total = self.processes.sum_in_order(units, options.batch_size, sum(self.sizes) + 1)
         loss = total[-1].item() / options.batch_size
         if not torch.isfinite(total).all():
@@ -86,32 +99,39 @@ class JointStage:
         self.losses.append(loss)
         return loss
 
-    def _unit(self, index: int) -> torch.Tensor:
+    def _unit(self, sequence: int, turn: int) -> torch.Tensor:
         """Gradient of the mean loss of one sequence, flat, and its mean divergence at the end."""
-        examples = draw_examples(self.options, STAGE, index)
-        generator = torch.Generator().manual_seed((self.options.seed + 1) * 1_000_003 + index)
-        tokens = self.sampler.batch(1, examples[-1].prompt_length + self.options.decoded, generator).to(self.model.device)
+        dense = self._held.pop(sequence, None) or self._dense(sequence)
+        if turn + 1 < self.options.steps_per_sequence:
+            self._held[sequence] = dense
         self.kernels.zero_grad()
-        loss = self._backward(tokens, examples)
+        loss = self._backward(dense, draw_examples(self.options, STAGE, sequence, turn))
         return torch.cat([parameter.grad.flatten() for parameter in self.parameters] + [self.parameters[0].new_tensor([loss])])
 
-    def _backward(self, tokens: torch.Tensor, examples: Sequence[Example]) -> float:
+    @torch.no_grad()
+    def _dense(self, sequence: int) -> Dense:
+        options = self.options
+        lengths = [example.prompt_length for example in draw_examples(options, STAGE, sequence)]
+        generator = torch.Generator().manual_seed((options.seed + 1) * 1_000_003 + sequence)
+        tokens = self.sampler.batch(1, lengths[-1] + options.decoded, generator).to(self.model.device)
+        cache = teacher_cache(self.model.config, self.kernels.config.layers)
+        logits_at = torch.cat([torch.arange(length, length + options.decoded) for length in lengths])
+        output = self._forward(tokens, cache, logits_at.to(tokens.device))
+        return Dense(tokens, cache, output.logits.split(options.decoded, dim=1), output.hidden_states)
+
+    def _backward(self, dense: Dense, examples: Sequence[Example]) -> float:
         n = self.options.decoded
-        spans = [slice(example.prompt_length, example.prompt_length + n) for example in examples]
+        teachers = [layer for layer in dense.cache.layers if isinstance(layer, TeacherLayer)]
         with torch.no_grad():
-            dense = teacher_cache(self.model.config, self.kernels.config.layers)
-            logits_at = torch.cat([torch.arange(span.start, span.stop) for span in spans]).to(tokens.device)
-            full = self._forward(tokens, dense, logits_at)
-            targets = full.logits.split(n, dim=1)
-            teachers = [layer for layer in dense.layers if isinstance(layer, TeacherLayer)]
             scores = zip(*(teacher.scores_after(examples) for teacher in teachers), strict=True)
             rolls = [roll_layers(teachers, example, each, n) for example, each in zip(examples, scores, strict=True)]
         total = 0.0
-        for example, span, target, decodes in zip(examples, spans, targets, rolls, strict=True):
-            less = self._forward(tokens[:, span], student_cache(dense, example, decodes, self.kernels))
+        for example, target, decodes in zip(examples, dense.logits, rolls, strict=True):
+            span = slice(example.prompt_length, example.prompt_length + n)
+            less = self._forward(dense.tokens[:, span], student_cache(dense.cache, example, decodes, self.kernels))
             log_target = target.float().log_softmax(-1)
             divergence = kl_div(less.logits.float().log_softmax(-1), log_target, reduction="sum", log_target=True) / n
-            apart = distances(less.hidden_states, [states[:, span] for states in full.hidden_states])
+            apart = distances(less.hidden_states, [states[:, span] for states in dense.hidden_states])
             loss = torch.log(divergence + LITTLE) + torch.log(apart + LITTLE_APART).mean()
             (loss / len(examples)).backward()
             total += divergence.item() / len(examples)
