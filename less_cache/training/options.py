@@ -41,7 +41,7 @@ class TrainingOptions:
     decoded: int = 128
     sequences: int = 24
     layerwise_steps: int = 0
-    joint_steps: int = 600
+    joint_steps: int = 400
     batch_size: int = 2
     steps_per_sequence: int = 3
     layerwise_learning_rate: float = 2e-3
