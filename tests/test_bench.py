@@ -66,6 +66,18 @@ def test_every_cache_is_filled_to_the_context_and_goes_on(folder, sequences):
             assert cache.is_compileable == name.endswith("_static") and (cache.kernels is None) == name.startswith("policy")
 
 
+def test_a_prompt_is_read_once_and_no_cache_sees_another(folder):
+    subject = contest(folder, budget=8, caches=("less",))
+    with torch.no_grad(), mock.patch.object(subject, "read", wraps=subject.read) as read:
+        first = subject.fill("less", 40, 1)
+        subject.model(input_ids=subject.tokens(1, 5), past_key_values=first)
+        second, batch_of_three = subject.fill("less", 40, 1), subject.fill("less", 40, 3)
+        other = subject.fill("less", 30, 1)
+    assert read.call_count == 2  # 40 tokens and 30
+    assert [each.get_seq_length() for each in (first, second, batch_of_three, other)] == [45, 40, 40, 30]
+    assert torch.equal(second.layers[0].keys.expand(3, -1, -1, -1), batch_of_three.layers[0].keys)
+
+
 @pytest.mark.parametrize("sequences", [1, 3])
 def test_static_less_decodes_what_less_does(folder, sequences):
     """A batch that repeats one text is put into new buffers of the static layers."""

@@ -1,6 +1,6 @@
 """The second stage: all kernels at once, on the model's output with LESS in every layer.
 
-Loss of a block of decoded tokens, with x_l what layer l of L hands on to the next:
+Loss of a block of decoded tokens, with x_l what layer l of L hands on to the next, the last one behind the model's last norm:
 
     log KL(full cache || LESS)  +  1/L Σ_l log( |x_l − x_l of the full cache|² / |x_l of the full cache|² )
 
@@ -11,7 +11,7 @@ Each sequence of a step is a unit of its own: one dense forward for all its prom
 decoded tokens a prompt. Processes share the units out and the units' gradients are added in one order, so that any number of
 processes ends with the same bytes.
 
-Axes: `n` decoded tokens.
+Axes: `b` sequences, `t` tokens of a sequence, `n` decoded tokens.
 """
 
 import dataclasses
@@ -42,8 +42,9 @@ class Dense:
 
     tokens: torch.Tensor  # [1, t]
     cache: Cache
-    logits: tuple[torch.Tensor, ...]  # [1, n, vocab], of each prompt's decoded tokens
-    hidden_states: Sequence[torch.Tensor]  # [1, t, hidden], the embeddings first, then what each layer hands on
+    # Of the tokens decoded after each prompt
+    logits: Sequence[torch.Tensor]  # [1, n, vocab]
+    hidden_states: Sequence[Sequence[torch.Tensor]]  # [1, n, hidden], the embeddings first, then what each layer hands on
 
 
 class JointStage:
@@ -63,10 +64,8 @@ class JointStage:
         self.sizes = [parameter.numel() for parameter in self.parameters]
         matrices = [parameter for parameter in self.parameters if parameter.dim() == 3]  # a matrix for each head
         others = [parameter for parameter in self.parameters if parameter.dim() != 3]
-        rate = options.joint_learning_rate
-        self.optimizers: list[torch.optim.Optimizer] = [Muon(matrices, rate)]
-        if others:
-            self.optimizers.append(torch.optim.Adam(others, rate, betas=(0.9, 0.98)))  # few steps: 0.999 adapts too late
+        rate, betas = options.joint_learning_rate, (0.9, 0.98)  # few steps: the usual 0.999 adapts too late
+        self.optimizers = [Muon(matrices, rate), torch.optim.Adam(others, rate, betas=betas)]
         self.losses: list[float] = []
         self._held: dict[int, Dense] = {}  # sequences that later steps use again
 
@@ -77,8 +76,8 @@ class JointStage:
     def advance(self) -> float:
         """One step. Returns its divergence, mean over the sequences."""
         options = self.options
-        before, turn = divmod(self.step, options.steps_per_sequence)
-        sequences = range(before * options.batch_size, (before + 1) * options.batch_size)
+        group, turn = divmod(self.step, options.steps_per_sequence)
+        sequences = range(group * options.batch_size, (group + 1) * options.batch_size)
         units = [self._unit(sequence, turn) for sequence in self.processes.share(sequences)]
         total = self.processes.sum_in_order(units, options.batch_size, sum(self.sizes) + 1)
         loss = total[-1].item() / options.batch_size
@@ -93,8 +92,8 @@ class JointStage:
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         rate = cosine(options.joint_learning_rate, self.step / options.joint_steps) * min(1, (self.step + 1) / WARM_UP)
         for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = rate
+            for parameters in optimizer.param_groups:
+                parameters["lr"] = rate
             optimizer.step()
         self.losses.append(loss)
         return loss
@@ -115,9 +114,16 @@ class JointStage:
         generator = torch.Generator().manual_seed((options.seed + 1) * 1_000_003 + sequence)
         tokens = self.sampler.batch(1, lengths[-1] + options.decoded, generator).to(self.model.device)
         cache = teacher_cache(self.model.config, self.kernels.config.layers)
-        logits_at = torch.cat([torch.arange(length, length + options.decoded) for length in lengths])
-        output = self._forward(tokens, cache, logits_at.to(tokens.device))
-        return Dense(tokens, cache, output.logits.split(options.decoded, dim=1), output.hidden_states)
+        decoded = torch.cat([torch.arange(length, length + options.decoded) for length in lengths]).to(tokens.device)
+        output = self._forward(tokens, cache, decoded)
+        if output.hidden_states is None:
+            raise LESSError(
+                f"{type(self.model).__name__}: expected a model that returns its hidden states, which the second stage needs. "
+                "Train with layerwise_steps=200, joint_steps=0."
+            )
+        # The tokens are the last axis but one in every model; some have others before the batch.
+        by_layer = [states.index_select(-2, decoded).split(options.decoded, dim=-2) for states in output.hidden_states]
+        return Dense(tokens, cache, output.logits.split(options.decoded, dim=1), list(zip(*by_layer, strict=True)))
 
     def _backward(self, dense: Dense, examples: Sequence[Example]) -> float:
         n = self.options.decoded
@@ -126,12 +132,12 @@ class JointStage:
             scores = zip(*(teacher.scores_after(examples) for teacher in teachers), strict=True)
             rolls = [roll_layers(teachers, example, each, n) for example, each in zip(examples, scores, strict=True)]
         total = 0.0
-        for example, target, decodes in zip(examples, dense.logits, rolls, strict=True):
+        for example, target, states, decodes in zip(examples, dense.logits, dense.hidden_states, rolls, strict=True):
             span = slice(example.prompt_length, example.prompt_length + n)
             less = self._forward(dense.tokens[:, span], student_cache(dense.cache, example, decodes, self.kernels))
             log_target = target.float().log_softmax(-1)
             divergence = kl_div(less.logits.float().log_softmax(-1), log_target, reduction="sum", log_target=True) / n
-            apart = distances(less.hidden_states, [states[:, span] for states in dense.hidden_states])
+            apart = distances(less.hidden_states, states)
             loss = torch.log(divergence + LITTLE) + torch.log(apart + LITTLE_APART).mean()
             (loss / len(examples)).backward()
             total += divergence.item() / len(examples)
@@ -139,8 +145,9 @@ class JointStage:
 
     def _forward(self, tokens: torch.Tensor, cache: Cache, logits_to_keep: torch.Tensor | int = 0) -> Any:
         """Logits, and what each layer hands on."""
-        kept = {"logits_to_keep": logits_to_keep, "output_hidden_states": True}
-        return self.model(tokens, past_key_values=cache, use_cache=True, **kept)
+        return self.model(
+            tokens, past_key_values=cache, use_cache=True, logits_to_keep=logits_to_keep, output_hidden_states=True
+        )
 
     def state_dict(self) -> dict:
         optimizers = [optimizer.state_dict() for optimizer in self.optimizers]

@@ -32,10 +32,10 @@ class Muon(torch.optim.Optimizer):
                     continue
                 state = self.state[parameter]
                 if not state:
-                    state["momentum"] = torch.zeros_like(parameter)
-                state["momentum"].lerp_(parameter.grad, 1 - group["momentum"])
+                    state["mean"] = torch.zeros_like(parameter)
+                state["mean"].lerp_(parameter.grad, 1 - group["momentum"])
                 size = group["lr"] * group["step_size"] * max(parameter.shape[-2:]) ** 0.5
-                parameter.add_(orthogonal(state["momentum"]), alpha=-size)
+                parameter.add_(orthogonal(state["mean"]), alpha=-size)
 
 
 def orthogonal(matrices: torch.Tensor) -> torch.Tensor:
@@ -44,7 +44,9 @@ def orthogonal(matrices: torch.Tensor) -> torch.Tensor:
     A matrix of zeros stays one.
     """
     a, b, c = COEFFICIENTS
-    x = matrices / matrices.norm(dim=(-2, -1), keepdim=True).clamp_min(torch.finfo(matrices.dtype).tiny)
+    tiny = torch.finfo(matrices.dtype).tiny
+    x = matrices / matrices.abs().amax(dim=(-2, -1), keepdim=True).clamp_min(tiny)  # squares of small numbers would be 0
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp_min(tiny)
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x
     for _ in range(ITERATIONS):

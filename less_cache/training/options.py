@@ -22,7 +22,8 @@ class TrainingOptions:
         sequences: Sequences captured for the first stage; one in eight is held out to measure what each layer has reached,
             with the first stage or without.
         layerwise_steps: Steps a layer of the first stage, a sequence each: each layer matches its own dense output.
-        joint_steps: Steps of the second stage: all layers run under LESS, the model's output distribution is matched.
+        joint_steps: Steps of the second stage: all layers run under LESS, the model's output distribution is matched, and what
+            each layer hands on.
         batch_size: Sequences a step of the second stage.
         steps_per_sequence: Steps in a row that share their sequences, and so the dense forward, which takes most of a step's
             time; policies and budgets are drawn for each step.
@@ -79,6 +80,16 @@ class TrainingOptions:
     def longest(self) -> int:
         """Tokens of the longest sequence."""
         return max(self.prompts) + self.decoded
+
+    @property
+    def joint_sequences(self) -> int:
+        """Sequences of the second stage."""
+        return -(-self.joint_steps // self.steps_per_sequence) * self.batch_size
+
+    def turns(self, sequence: int) -> int:
+        """Steps of the second stage that sequence `sequence` has."""
+        before = sequence // self.batch_size * self.steps_per_sequence
+        return min(self.steps_per_sequence, self.joint_steps - before)
 
     @property
     def held_out(self) -> range:

@@ -38,6 +38,7 @@ from less_cache.training.options import TrainingOptions
 from less_cache.training.processes import Processes
 
 WORK_NAME = "work"
+FORMAT = 2  # of what `work/` holds, and of what the stages do with it
 LOG_NAME = "training_log.json"
 
 
@@ -152,6 +153,7 @@ class _Run:
         config = self.kernels.config
         run = json.dumps(
             {
+                "format": FORMAT,
                 **config.training,
                 "model": config.base_model_fingerprint,
                 "tokens": [sum(map(len, each)) for each in self.sampler.sources],
