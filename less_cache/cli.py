@@ -116,9 +116,6 @@ def train(
         int, typer.Option(min=0, help="Steps on the model's output, all layers under LESS.")
     ] = TrainingOptions.joint_steps,
     batch_size: Annotated[int, typer.Option(min=1, help="Sequences a joint step.")] = TrainingOptions.batch_size,
-    steps_per_sequence: Annotated[
-        int, typer.Option(min=1, help="Joint steps in a row on the same sequences, with other policies and budgets.")
-    ] = TrainingOptions.steps_per_sequence,
     memory: Annotated[str, typer.Option(help="soft_centroids, or low_rank: the paper's φ and ψ.")] = TrainingOptions.memory,
     hidden_size: Annotated[int, typer.Option(min=1, help="Hidden size of φ and ψ.")] = TrainingOptions.hidden_size,
     dtype: Annotated[str, typer.Option(help="Type of the model's weights: float32 or bfloat16.")] = "float32",
@@ -148,7 +145,6 @@ def train(
         layerwise_steps=layerwise_steps,
         joint_steps=joint_steps,
         batch_size=batch_size,
-        steps_per_sequence=steps_per_sequence,
         memory=memory,
         hidden_size=hidden_size,
         seed=seed,

@@ -38,7 +38,6 @@ TINY = TrainingOptions(
     layerwise_steps=3,
     joint_steps=3,
     batch_size=2,
-    steps_per_sequence=2,
     hidden_size=4,
     checkpoint_every=1,
 )
@@ -132,6 +131,14 @@ def test_the_joint_loss_counts_what_every_layer_hands_on(tmp_path, monkeypatch):
     assert any((trained[0][name] != trained[1][name]).float().mean() > 0.05 for name in trained[0])
 
 
+def test_a_model_without_hidden_states_is_an_error(tmp_path, monkeypatch):
+    model = tiny.tiny_llama()
+    forward = model.forward
+    monkeypatch.setattr(model, "forward", lambda *args, output_hidden_states, **kwargs: forward(*args, **kwargs))
+    with pytest.raises(LESSError, match="expected a model that returns its hidden states"):
+        train(model, sampler(), dataclasses.replace(TINY, layerwise_steps=0), tmp_path)
+
+
 # multi-query outside of AttentionInterface, sliding, several streams, sinks, biases
 ARCHITECTURES = ("falcon", "gemma3_text", "gemma3n_text", "gpt_oss", "opt")
 
@@ -171,30 +178,6 @@ def test_every_policy_can_be_drawn():
     options = dataclasses.replace(TINY, policies=("h2o", "sink_recent", "corm"))
     drawn = {example.policy.name for index in range(20) for example in draw_examples(options, "joint", index)}
     assert drawn == {"h2o", "sink_recent", "corm"}
-
-
-def test_steps_share_a_dense_forward(tmp_path, monkeypatch):
-    """Seven steps of two sequences, three steps in a row on the same ones: each is read densely once."""
-    read, drawn = [], []
-    dense = joint_module.JointStage._dense
-
-    def examples(options, stage, sequence, turn=0):
-        result = draw_examples(options, stage, sequence, turn)
-        if stage == "joint":
-            drawn.append((sequence, turn, tuple(example.prompt_length for example in result), str(result)))
-        return result
-
-    monkeypatch.setattr(joint_module, "draw_examples", examples)
-    reading = lambda self, sequence: read.append(sequence) or dense(self, sequence)  # noqa: E731
-    monkeypatch.setattr(joint_module.JointStage, "_dense", reading)
-    options = dataclasses.replace(TINY, layerwise_steps=0, joint_steps=7, steps_per_sequence=3)
-    train(tiny.tiny_llama(), sampler(), options, tmp_path)
-    assert read == [0, 1, 2, 3, 4, 5]
-    turns = {sequence: {turn for other, turn, _, _ in drawn if other == sequence} for sequence in read}
-    assert turns == {0: {0, 1, 2}, 1: {0, 1, 2}, 2: {0, 1, 2}, 3: {0, 1, 2}, 4: {0}, 5: {0}}
-    for sequence in read:  # the same prompts; other policies and budgets
-        assert len({lengths for other, _, lengths, _ in drawn if other == sequence}) == 1
-    assert len({said for sequence, _, _, said in drawn if sequence == 0}) > 1
 
 
 def test_an_interrupted_run_ends_with_the_same_bytes(tmp_path, monkeypatch):
@@ -339,18 +322,6 @@ def test_the_estimate_of_disk_is_what_capture_writes(tmp_path):
         tensors += model.model.layers[layer_idx].self_attn.o_proj.weight.nbytes
     kernels = 4 * 2 * (4 * (8 * 4 + 4 * 8) + 2 * (8 * 4 + 4 * 8 + 8 * 8 + 2 * 8))
     assert estimate(model, dataclasses.replace(TINY, memory="low_rank")).disk == tensors + 6 * kernels
-
-
-def test_the_estimate_counts_a_dense_forward_for_all_steps_that_share_it():
-    """Eight steps of two sequences, three in a row on the same ones: six dense forwards, of which two serve two steps."""
-    shared = dataclasses.replace(TINY, layerwise_steps=0, joint_steps=8, steps_per_sequence=3, prompts=(10,))
-    alone = dataclasses.replace(shared, steps_per_sequence=1)
-    assert [shared.turns(sequence) for sequence in range(shared.joint_sequences)] == [3, 3, 3, 3, 2, 2]
-    assert alone.joint_sequences == 16
-    model = tiny.tiny_llama()
-    parameters, t = sum(parameter.numel() for parameter in model.parameters()), 14
-    dense = 2 * parameters * t + 2 * 4 * 8 * 2 * t**2  # layers, query heads, head dim
-    assert estimate(model, alone).joint - estimate(model, shared).joint == pytest.approx(10 * dense)
 
 
 def test_a_model_writes_its_own_text(tmp_path):
@@ -508,7 +479,7 @@ def test_a_full_disk_keeps_the_finished_layers(tmp_path, monkeypatch):
     )
 
 
-COUNTS = ("prompts_per_sequence", "decoded", "batch_size", "steps_per_sequence", "checkpoint_every")
+COUNTS = ("prompts_per_sequence", "decoded", "batch_size", "checkpoint_every")
 
 
 @pytest.mark.parametrize(

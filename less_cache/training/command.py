@@ -85,7 +85,7 @@ def texts(
     source: str, model: Any, tokenizer: Any, options: TrainingOptions, output: Path, report: Callable
 ) -> list[torch.Tensor]:
     """The texts of one entry of `--data`, tokenized."""
-    sequences = options.sequences + options.joint_sequences
+    sequences = options.sequences + options.joint_steps * options.batch_size
     if source == OWN:
         return own_text(model, options.sequences, options.longest, options.seed, output / WORK_NAME / "own", report)
     if is_path(source):

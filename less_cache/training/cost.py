@@ -23,8 +23,7 @@ class Cost:
     Args:
         capture, layerwise, joint: Floating-point operations, matrix products alone.
         disk: Most bytes in the output folder.
-        memory: Bytes of weights, kernels and what the dense passes leave, where one process has all sequences of a step; the
-            backward pass needs more.
+        memory: Bytes of weights, kernels and the dense pass's activations, of one process; the backward pass needs more.
     """
 
     capture: float
@@ -44,13 +43,10 @@ def estimate(model: PreTrainedModel, options: TrainingOptions) -> Cost:
     itemsize = next(model.parameters()).element_size()
 
     def dense(examples: Sequence[Example]) -> float:
-        """A forward over the whole sequence."""
-        t = examples[-1].prompt_length + n
-        return 2 * parameters * t + layers * h * d * 2 * t**2
-
-    def scores(examples: Sequence[Example]) -> float:
-        """The policy's scores after the longest prompt."""
-        return layers * h * d * examples[-1].prompt_length ** 2
+        """A forward over the whole sequence, and the policy's scores after the longest prompt."""
+        p = examples[-1].prompt_length
+        t = p + n
+        return 2 * parameters * t + layers * h * d * (2 * t**2 + p**2)
 
     def less(examples: Sequence[Example]) -> float:
         """One layer's attention under LESS over all decoded tokens: forward and backward."""
@@ -63,8 +59,8 @@ def estimate(model: PreTrainedModel, options: TrainingOptions) -> Cost:
 
     def shard(examples: Sequence[Example]) -> int:
         t = examples[-1].prompt_length + n
-        of_scores = sum(4 * g * example.prompt_length for example in examples)
-        return itemsize * d * (2 * g * t + 2 * h * n * len(examples)) + of_scores
+        scores = sum(4 * g * example.prompt_length for example in examples)
+        return itemsize * d * (2 * g * t + 2 * h * n * len(examples)) + scores
 
     text_config = model.config.get_text_config(decoder=True)
     projections = layers * text_config.hidden_size * h * d * itemsize
@@ -72,21 +68,13 @@ def estimate(model: PreTrainedModel, options: TrainingOptions) -> Cost:
     examples = [draw_examples(options, capture.STAGE, index) for index in captured]
     kernel_bytes = 4 * layers * sum(math.prod(shape) for shape in MEMORIES[options.memory].shapes(h, g, d, m, r).values())
     mean = sum(map(less, examples)) / len(examples)
-    jointly = memory = 0.0
-    for sequence in range(options.joint_sequences):
-        drawn = draw_examples(options, joint.STAGE, sequence)  # the lengths, which all its steps share, are what counts
-        student = layers * less(drawn) + 6 * parameters * n * len(drawn)
-        jointly += dense(drawn) + options.turns(sequence) * (scores(drawn) + student)
-    if options.joint_steps:
-        hidden = text_config.hidden_size * (sizes.num_hidden_layers + 1)
-        spans = n * min(len(options.prompts), options.prompts_per_sequence)
-        held = sizes.num_hidden_layers * d * (h + 2 * g) * options.longest + spans * (hidden + text_config.vocab_size)
-        at_once = options.batch_size if options.steps_per_sequence > 1 else 1
-        memory = (at_once * held + hidden * options.longest) * itemsize
+    drawn = [draw_examples(options, joint.STAGE, index) for index in range(options.joint_steps * options.batch_size)]
+    hidden = text_config.hidden_size * (sizes.num_hidden_layers + 1)  # numbers a token that layers hand on
+    activations = options.longest * (sizes.num_hidden_layers * d * (h + 2 * g) + hidden) if options.joint_steps else 0
     return Cost(
-        capture=sum(dense(each) + scores(each) for each in examples),
+        capture=sum(map(dense, examples)),
         layerwise=layers * options.layerwise_steps * mean,
-        joint=jointly,
+        joint=sum(dense(each) + layers * less(each) + 6 * parameters * n * len(each) for each in drawn),
         disk=layers * sum(map(shard, examples)) + projections + 6 * kernel_bytes,
-        memory=round(parameters * itemsize + (4 + 2 * options.batch_size) * kernel_bytes + memory),
+        memory=parameters * itemsize + (4 + 2 * options.batch_size) * kernel_bytes + activations * itemsize,
     )

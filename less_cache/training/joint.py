@@ -7,14 +7,13 @@ Loss of a block of decoded tokens, with x_l what layer l of L hands on to the ne
 Logarithms, so that what counts is the share of the divergence that goes: small budgets, which lose ten times as much, would
 drown the others. The output alone tells a layer little about its own part of the error; the second term does.
 
-Each sequence of a step is a unit of its own: one dense forward for all its prompts, which a few steps share, then a block of
-decoded tokens a prompt. Processes share the units out and the units' gradients are added in one order, so that any number of
-processes ends with the same bytes.
+Each sequence of a step is a unit of its own: one dense forward for all its prompts, then a block of decoded tokens a prompt.
+Processes share the units out and the units' gradients are added in one order, so that any number of processes ends with the
+same bytes.
 
-Axes: `b` sequences, `t` tokens of a sequence, `n` decoded tokens.
+Axes: `b` sequences, `n` decoded tokens.
 """
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -34,17 +33,6 @@ STAGE = "joint"
 WARM_UP = 10  # steps in which the learning rate rises
 LITTLE = 1e-3  # nats a token: what is lost where it hardly matters any more
 LITTLE_APART = 1e-4  # the same of a layer's share
-
-
-@dataclasses.dataclass
-class Dense:
-    """A sequence as the model sees it with its full cache."""
-
-    tokens: torch.Tensor  # [1, t]
-    cache: Cache
-    # Of the tokens decoded after each prompt
-    logits: Sequence[torch.Tensor]  # [1, n, vocab]
-    hidden_states: Sequence[Sequence[torch.Tensor]]  # [1, n, hidden], the embeddings first, then what each layer hands on
 
 
 class JointStage:
@@ -67,7 +55,6 @@ class JointStage:
         rate, betas = options.joint_learning_rate, (0.9, 0.98)  # few steps: the usual 0.999 adapts too late
         self.optimizers = [Muon(matrices, rate), torch.optim.Adam(others, rate, betas=betas)]
         self.losses: list[float] = []
-        self._held: dict[int, Dense] = {}  # sequences that later steps use again
 
     @property
     def step(self) -> int:
@@ -76,9 +63,8 @@ class JointStage:
     def advance(self) -> float:
         """One step. Returns its divergence, mean over the sequences."""
         options = self.options
-        group, turn = divmod(self.step, options.steps_per_sequence)
-        sequences = range(group * options.batch_size, (group + 1) * options.batch_size)
-        units = [self._unit(sequence, turn) for sequence in self.processes.share(sequences)]
+        sequences = range(self.step * options.batch_size, (self.step + 1) * options.batch_size)
+        units = [self._unit(sequence) for sequence in self.processes.share(sequences)]
         total = self.processes.sum_in_order(units, options.batch_size, sum(self.sizes) + 1)
         loss = total[-1].item() / options.batch_size
         if not torch.isfinite(total).all():
@@ -92,62 +78,57 @@ class JointStage:
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         rate = cosine(options.joint_learning_rate, self.step / options.joint_steps) * min(1, (self.step + 1) / WARM_UP)
         for optimizer in self.optimizers:
-            for parameters in optimizer.param_groups:
-                parameters["lr"] = rate
+            for group in optimizer.param_groups:
+                group["lr"] = rate
             optimizer.step()
         self.losses.append(loss)
         return loss
 
-    def _unit(self, sequence: int, turn: int) -> torch.Tensor:
+    def _unit(self, sequence: int) -> torch.Tensor:
         """Gradient of the mean loss of one sequence, flat, and its mean divergence at the end."""
-        dense = self._held.pop(sequence, None) or self._dense(sequence)
-        if turn + 1 < self.options.steps_per_sequence:
-            self._held[sequence] = dense
+        examples = draw_examples(self.options, STAGE, sequence)
+        generator = torch.Generator().manual_seed((self.options.seed + 1) * 1_000_003 + sequence)
+        tokens = self.sampler.batch(1, examples[-1].prompt_length + self.options.decoded, generator).to(self.model.device)
         self.kernels.zero_grad()
-        loss = self._backward(dense, draw_examples(self.options, STAGE, sequence, turn))
+        loss = self._backward(tokens, examples)
         return torch.cat([parameter.grad.flatten() for parameter in self.parameters] + [self.parameters[0].new_tensor([loss])])
 
-    @torch.no_grad()
-    def _dense(self, sequence: int) -> Dense:
-        options = self.options
-        lengths = [example.prompt_length for example in draw_examples(options, STAGE, sequence)]
-        generator = torch.Generator().manual_seed((options.seed + 1) * 1_000_003 + sequence)
-        tokens = self.sampler.batch(1, lengths[-1] + options.decoded, generator).to(self.model.device)
-        cache = teacher_cache(self.model.config, self.kernels.config.layers)
-        decoded = torch.cat([torch.arange(length, length + options.decoded) for length in lengths]).to(tokens.device)
-        output = self._forward(tokens, cache, decoded)
-        if output.hidden_states is None:
-            raise LESSError(
-                f"{type(self.model).__name__}: expected a model that returns its hidden states, which the second stage needs. "
-                "Train with layerwise_steps=200, joint_steps=0."
-            )
-        # The tokens are the last axis but one in every model; some have others before the batch.
-        by_layer = [states.index_select(-2, decoded).split(options.decoded, dim=-2) for states in output.hidden_states]
-        return Dense(tokens, cache, output.logits.split(options.decoded, dim=1), list(zip(*by_layer, strict=True)))
-
-    def _backward(self, dense: Dense, examples: Sequence[Example]) -> float:
+    def _backward(self, tokens: torch.Tensor, examples: Sequence[Example]) -> float:
         n = self.options.decoded
-        teachers = [layer for layer in dense.cache.layers if isinstance(layer, TeacherLayer)]
+        spans = [slice(example.prompt_length, example.prompt_length + n) for example in examples]
         with torch.no_grad():
+            dense = teacher_cache(self.model.config, self.kernels.config.layers)
+            decoded = torch.cat([torch.arange(span.start, span.stop) for span in spans]).to(tokens.device)
+            full = self._forward(tokens, dense, decoded)
+            targets = full.logits.split(n, dim=1)
+            # The tokens are the last axis but one in every model; some have others before the batch.
+            by_layer = [states.index_select(-2, decoded).split(n, dim=-2) for states in full.hidden_states]
+            handed_on = list(zip(*by_layer, strict=True))  # for each example, what each layer hands on
+            teachers = [layer for layer in dense.layers if isinstance(layer, TeacherLayer)]
             scores = zip(*(teacher.scores_after(examples) for teacher in teachers), strict=True)
             rolls = [roll_layers(teachers, example, each, n) for example, each in zip(examples, scores, strict=True)]
+            del full  # with what layers hand on of the prompt
         total = 0.0
-        for example, target, states, decodes in zip(examples, dense.logits, dense.hidden_states, rolls, strict=True):
-            span = slice(example.prompt_length, example.prompt_length + n)
-            less = self._forward(dense.tokens[:, span], student_cache(dense.cache, example, decodes, self.kernels))
+        for example, span, target, states, decodes in zip(examples, spans, targets, handed_on, rolls, strict=True):
+            less = self._forward(tokens[:, span], student_cache(dense, example, decodes, self.kernels))
             log_target = target.float().log_softmax(-1)
             divergence = kl_div(less.logits.float().log_softmax(-1), log_target, reduction="sum", log_target=True) / n
-            apart = distances(less.hidden_states, states)
-            loss = torch.log(divergence + LITTLE) + torch.log(apart + LITTLE_APART).mean()
+            loss = torch.log(divergence + LITTLE) + torch.log(distances(less.hidden_states, states) + LITTLE_APART).mean()
             (loss / len(examples)).backward()
             total += divergence.item() / len(examples)
         return total
 
     def _forward(self, tokens: torch.Tensor, cache: Cache, logits_to_keep: torch.Tensor | int = 0) -> Any:
         """Logits, and what each layer hands on."""
-        return self.model(
+        output = self.model(
             tokens, past_key_values=cache, use_cache=True, logits_to_keep=logits_to_keep, output_hidden_states=True
         )
+        if output.hidden_states is None:
+            raise LESSError(
+                f"{type(self.model).__name__}: expected a model that returns its hidden states, which the second stage needs. "
+                "Train with layerwise_steps=200, joint_steps=0."
+            )
+        return output
 
     def state_dict(self) -> dict:
         optimizers = [optimizer.state_dict() for optimizer in self.optimizers]

@@ -25,8 +25,6 @@ class TrainingOptions:
         joint_steps: Steps of the second stage: all layers run under LESS, the model's output distribution is matched, and what
             each layer hands on.
         batch_size: Sequences a step of the second stage.
-        steps_per_sequence: Steps in a row that share their sequences, and so the dense forward, which takes most of a step's
-            time; policies and budgets are drawn for each step.
         layerwise_learning_rate: Adam's, at the start; falls to a tenth along a cosine.
         joint_learning_rate: Muon's and Adam's; rises over the first steps, then falls in the same way.
         memory, rank, hidden_size: Kind and sizes of the kernels, as in `LESSConfig`.
@@ -44,7 +42,6 @@ class TrainingOptions:
     layerwise_steps: int = 0
     joint_steps: int = 400
     batch_size: int = 2
-    steps_per_sequence: int = 3
     layerwise_learning_rate: float = 2e-3
     joint_learning_rate: float = 8e-3
     memory: str = "soft_centroids"
@@ -59,7 +56,7 @@ class TrainingOptions:
         for name in ("policies", "prompts"):
             if not getattr(self, name):
                 raise LESSError(f"TrainingOptions: expected at least one of {name}, got none.")
-        for name in ("prompts_per_sequence", "decoded", "batch_size", "steps_per_sequence", "checkpoint_every"):
+        for name in ("prompts_per_sequence", "decoded", "batch_size", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise LESSError(f"TrainingOptions: expected {name} to be at least 1, got {getattr(self, name)}.")
         if min(self.prompts) < 1:
@@ -82,16 +79,6 @@ class TrainingOptions:
         return max(self.prompts) + self.decoded
 
     @property
-    def joint_sequences(self) -> int:
-        """Sequences of the second stage."""
-        return -(-self.joint_steps // self.steps_per_sequence) * self.batch_size
-
-    def turns(self, sequence: int) -> int:
-        """Steps of the second stage that sequence `sequence` has."""
-        before = sequence // self.batch_size * self.steps_per_sequence
-        return min(self.steps_per_sequence, self.joint_steps - before)
-
-    @property
     def held_out(self) -> range:
         """Captured sequences that measure each layer and are not trained on in the first stage: the last ones."""
         return range(self.sequences - max(1, self.sequences // 8), self.sequences)
@@ -105,15 +92,14 @@ class Example:
     policy: EvictionPolicy
 
 
-def draw_examples(options: TrainingOptions, stage: str, index: int, turn: int = 0) -> list[Example]:
+def draw_examples(options: TrainingOptions, stage: str, index: int) -> list[Example]:
     """What sequence `index` of a stage is used for, shortest prompt first; a function of the seed and its arguments.
 
-    The sequences of a step have prompts of the same lengths, so that its processes take equally long. `turn`: how many
-    steps had the sequence before, with the same prompts.
+    The sequences of a step have prompts of the same lengths, so that its processes take equally long.
     """
     of_step = random.Random(f"{options.seed}/{stage}/lengths/{index // options.batch_size}")
     lengths = sorted(of_step.sample(options.prompts, min(len(options.prompts), options.prompts_per_sequence)))
-    draw = random.Random(f"{options.seed}/{stage}/{index}/{turn}")
+    draw = random.Random(f"{options.seed}/{stage}/{index}")
     examples = []
     for length in lengths:
         fraction = math.exp(draw.uniform(math.log(options.least_budget), math.log(options.most_budget)))
