@@ -1,11 +1,10 @@
 """LESS beside kvpress on the same weights, text and tokens kept: bytes, perplexity, and speed beside the own full cache.
 
-    python benchmarks/compare_kvpress.py MODEL KERNELS TEXT [--budget 39] [--environment DIR] [--known FILE] [--output FILE]
+    python benchmarks/compare_kvpress.py MODEL KERNELS TEXT [--budget 39] [--environment DIR] [--output FILE]
 
 kvpress needs an older transformers, so it gets an environment of its own, made once in DIR (default: a temporary one) and
-given the same tokens; with other kernels its half can be taken from an earlier report of the same options (--known). It
-compresses the prompt and then grows with every token; its decoding presses stay at their size. Prints one JSON line.
-Speeds of different versions of transformers are not compared, only ratios.
+given the same tokens. It compresses the prompt and then grows with every token; its decoding presses stay at their size.
+Prints one JSON line. Speeds of different versions of transformers are not compared, only ratios.
 """
 
 import argparse
@@ -39,17 +38,6 @@ def environment(folder: Path) -> Path:
     return python
 
 
-def run_kvpress(args: argparse.Namespace, tokens: torch.Tensor) -> dict:
-    """The half of kvpress, in its environment."""
-    with tempfile.TemporaryDirectory() as folder:
-        python = environment((args.environment or Path(folder) / "environment").absolute())
-        save_file({"tokens": tokens}, Path(folder) / "tokens.safetensors")
-        arguments = [args.model, f"{folder}/tokens.safetensors", args.prompt_length, args.budget, args.rounds]
-        side = Path(__file__).with_name("kvpress_side.py")
-        done = subprocess.run([python, side, *map(str, arguments)], check=True, stdout=subprocess.PIPE, text=True)
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="folder of a transformers model, float32 or bfloat16")
@@ -61,29 +49,19 @@ def main() -> None:
     parser.add_argument("--decoded", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=5, help="timed runs of each")
     parser.add_argument("--environment", type=Path)
-    parser.add_argument("--known", type=Path, help="earlier report: the half of kvpress is taken from it")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
 
     model, tokenizer = models.load(args.model)
     kernels, policy = LESSKernels.from_pretrained(args.kernels), H2O.from_budget(args.budget)
     tokens = stretches([args.text], tokenizer, args.sequences, args.prompt_length + args.decoded)
-    protocol = {
-        "model": Path(args.model).name,
-        "data": args.text.name,
-        "budget": args.budget,
-        "sequences": args.sequences,
-        "prompt_length": args.prompt_length,
-        "decoded": args.decoded,
-    }
-    if args.known is not None:
-        known = json.loads(args.known.read_text())
-        for name, value in protocol.items():
-            if known[name] != value:
-                parser.error(f"{args.known}: expected {name} {value!r}, got {known[name]!r}")
-        theirs = known["kvpress"]
-    else:
-        theirs = run_kvpress(args, tokens)
+    with tempfile.TemporaryDirectory() as folder:
+        python = environment((args.environment or Path(folder) / "environment").absolute())
+        save_file({"tokens": tokens}, Path(folder) / "tokens.safetensors")
+        arguments = [args.model, f"{folder}/tokens.safetensors", args.prompt_length, args.budget, args.rounds]
+        side = Path(__file__).with_name("kvpress_side.py")
+        done = subprocess.run([python, side, *map(str, arguments)], check=True, stdout=subprocess.PIPE, text=True)
+    theirs = json.loads(done.stdout.splitlines()[-1])
 
     ours = [dataclasses.asdict(row) for row in measure(model, tokens, policy, kernels, args.prompt_length)]
     caches = {
@@ -95,8 +73,13 @@ def main() -> None:
         name: lambda make=make: decode_seconds(model, tokens[:1], make(), args.prompt_length) for name, make in caches.items()
     }
     report = {
-        **protocol,
+        "model": Path(args.model).name,
         "kernels_sha256": kernels.config.sha256,
+        "data": args.text.name,
+        "budget": args.budget,
+        "sequences": args.sequences,
+        "prompt_length": args.prompt_length,
+        "decoded": args.decoded,
         **machine.describe(torch.device("cpu")),
         "less_cache": {"rows": ours, "speed": ratios(runs, args.rounds)},
         "kvpress": theirs,
