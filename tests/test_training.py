@@ -28,7 +28,7 @@ from less_cache.training.data import hub_text, own_text
 from less_cache.training.joint import distances
 from less_cache.training.layers import TeacherLayer, roll_layers, student_cache, teacher_cache
 from less_cache.training.options import Example, draw_examples
-from less_cache.training.simulate import attend, columns
+from less_cache.training.simulate import Decode, attend, columns
 
 TINY = TrainingOptions(
     prompts=(6, 10),
@@ -71,6 +71,22 @@ def test_simulated_decoding_equals_the_cache(policy, memory, with_sinks):
     logits = attention_logits(queries[:, :, p:], columns(keys, decode.order, p), decode.visible, d**-0.5)
     simulated = attend(decode, queries[:, :, p:], keys, values, kernels, logits, d**-0.5, sinks=teacher.sinks)
     torch.testing.assert_close(simulated, cached, rtol=1e-4, atol=1e-5)
+
+
+def test_a_centroid_that_has_faded_has_finite_gradients():
+    """Only the five oldest pairs are evicted, so long ago that a value over what is left of them is no float any more."""
+    h, g, d, p, n = 4, 2, 8, 60, 3
+    queries, keys, values = tiny.random_states(1, h, g, p + n, d)
+    values[:, :, :5] *= 100
+    kernels = tiny.layer_kernels(h, g, d, memory="soft_centroids").requires_grad_(True)
+    torch.nn.init.constant_(kernels.fading, 1.24)  # e^(−1.24² · 56) = 4e-38, and 1e-38 is the smallest normal float
+    keep = (torch.arange(p) >= 5).expand(1, g, p)
+    order = torch.arange(5, p).expand(1, g, p - 5)
+    visible = torch.ones(1, g, n, p - 5 + n, dtype=torch.bool).tril(p - 5)
+    decode = Decode(keep, order, visible, torch.zeros_like(visible))
+    logits = attention_logits(queries[:, :, p:], columns(keys, order, p), visible, d**-0.5)
+    attend(decode, queries[:, :, p:], keys, values, kernels, logits, d**-0.5).square().sum().backward()
+    assert all(torch.isfinite(parameter.grad).all() for parameter in kernels.parameters())
 
 
 def test_scores_go_on_from_a_shorter_prompt():

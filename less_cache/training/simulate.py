@@ -12,6 +12,8 @@ from less_cache.attention import attention_logits, sparse_softmax
 from less_cache.memory import TrainedMemory
 from less_cache.policies import EvictionPolicy
 
+LEAST_MASS = 1e-20  # of a virtual token: nothing reads less than that, and gradients, which are over the mass, stay finite
+
 
 @dataclasses.dataclass
 class Decode:
@@ -135,7 +137,6 @@ def _states(
     Pairs weigh what they do at the prompt's end, and fade from there to each query.
     """
     p, n = decode.keep.shape[-1], decode.visible.shape[2]
-    tiny = torch.finfo(torch.float32).tiny
     features, rates = memory.key_features(key_states), memory.fading_rates()  # [b, g, p + n, r]
     if rates is not None:
         features = features * torch.exp(rates.unsqueeze(1) * torch.arange(-p, n, device=rates.device).unsqueeze(-1))
@@ -147,7 +148,7 @@ def _states(
     mass = folded.sum(dim=2, keepdim=True) + evicted @ late_features  # [b, g, n, r]
     sums = (folded.transpose(-1, -2) @ remembered[:, :, :p]).unsqueeze(2)  # [b, g, 1, r, *]
     sums = sums + (evicted @ late_pairs.flatten(-2)).unflatten(-1, sums.shape[-2:])  # [b, g, n, r, *]
-    log_mass = mass.clamp_min(tiny).log()
+    log_mass = mass.clamp_min(LEAST_MASS).log()
     if rates is not None:
         log_mass = log_mass - rates.unsqueeze(1) * torch.arange(n, device=rates.device).unsqueeze(-1)
-    return sums / mass.unsqueeze(-1).clamp_min(tiny), log_mass.unsqueeze(2)
+    return sums / mass.unsqueeze(-1).clamp_min(LEAST_MASS), log_mass.unsqueeze(2)
