@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -100,6 +102,18 @@ def test_train_then_evaluate(model, text, tmp_path):
     assert report["results"][0][0] == report["results"][1][0]  # the full cache is the same, and measured once
     assert [row["cache"] for row in report["results"][0]] == ["full", "policy", "baseline+", "baseline+", "untrained", "less"]
     assert report["results"][1][1]["policy"] == {"name": "h2o", "heavy": 6, "recent": 6}
+
+
+def test_two_processes_train_one_set(model, text, tmp_path):
+    arguments = ("train", model, "--data", text, "--output", tmp_path / "kernels", "--joint-steps", 2, "--prompt-length", 40)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+    script = tmp_path / "script.py"  # not the module: -m would run it with the arguments of another torchrun
+    script.write_text("from less_cache.cli import app; app()")
+    command = [*launch, script, *arguments, "--hidden-size", 4, "--sequences", 2]
+    trained = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    assert trained.returncode == 0, trained.stderr
+    assert trained.stdout.count("Wrote ") == 1, trained.stdout
+    LESSKernels.from_pretrained(tmp_path / "kernels")
 
 
 @pytest.mark.parametrize("stages", [(1, 0), (0, 1)])

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -20,6 +19,7 @@ from less_cache.training import plot
 from less_cache.training.cost import Cost, estimate
 from less_cache.training.data import OWN, TokenSampler, hub_text, own_text, text_files, tokenize
 from less_cache.training.options import TrainingOptions
+from less_cache.training.processes import Processes
 from less_cache.training.trainer import LOG_NAME, WORK_NAME, check, train
 
 PLOT_NAME = "training.png"
@@ -51,18 +51,19 @@ def run(
             console.print(f"{output} is finished.")
             return
         raise LESSError(f"{output} already holds kernels. Choose another output folder, or remove it to train again.")
-    processes = PartialState()
+    processes = Processes()
     model, tokenizer = models.load(model_name, dtype=dtype, device=processes.device)
     check(model, options)
     cost = estimate(model, options)
     if dry_run:
         console.print(cost_table(cost))
         return
-    with Progress(*COLUMNS, console=console, disable=not processes.is_main_process) as progress:
+    with Progress(*COLUMNS, console=console, disable=not processes.is_first) as progress:
         report = ProgressReport(progress, cost)
         sampler = TokenSampler([texts(source, model, tokenizer, options, output, report) for source in data])
+        processes.wait()  # training clears away what is half written: texts of the model's own too
         kernels = train(model, sampler, options, output, report, described)
-    if not processes.is_main_process:
+    if not processes.is_first:
         return
     log = json.loads((output / LOG_NAME).read_text())
     files.replace(output, {PLOT_NAME: plots.image(plot.draw(log))})

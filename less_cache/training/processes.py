@@ -14,12 +14,13 @@ class Processes:
     """Shares work out over `accelerate`'s processes.
 
     Args:
-        device: Where the model and all that is gathered are.
+        device: Where the model and all that is gathered are; None: where accelerate wants it.
     """
 
-    def __init__(self, device: torch.device):
-        self.device = device
-        self.state: Any = PartialState(cpu=device.type == "cpu")
+    def __init__(self, device: torch.device | None = None):
+        on_cpu = not torch.accelerator.is_available() if device is None else device.type == "cpu"
+        self.state: Any = PartialState(cpu=on_cpu)  # without `cpu` each of several processes on a CPU would be alone
+        self.device: torch.device = self.state.device if device is None else device
 
     @property
     def is_first(self) -> bool:
