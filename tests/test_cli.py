@@ -110,10 +110,16 @@ def test_two_processes_train_one_set(model, text, tmp_path):
     script = tmp_path / "script.py"  # not the module: -m would run it with the arguments of another torchrun
     script.write_text("from less_cache.cli import app; app()")
     command = [*launch, script, *arguments, "--hidden-size", 4, "--sequences", 2]
-    trained = subprocess.run(list(map(str, command)), capture_output=True, text=True)
-    assert trained.returncode == 0, trained.stderr
-    assert trained.stdout.count("Wrote ") == 1, trained.stdout
+
+    def launched() -> str:
+        done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert launched().count("Wrote ") == 1
     LESSKernels.from_pretrained(tmp_path / "kernels")
+    (tmp_path / "kernels" / "work").mkdir()  # as if stopped after the last file
+    assert launched().count("finished.") == 1
 
 
 @pytest.mark.parametrize("stages", [(1, 0), (0, 1)])
@@ -163,6 +169,7 @@ def test_a_run_stopped_after_its_last_file_is_finished(model, text, tmp_path, mo
 
     def stop(folder, *args, **kwargs):
         if Path(folder).name == "work":
+            (folder / "run.json").unlink()  # the first that goes
             raise KeyboardInterrupt
         remove(folder, *args, **kwargs)
 

@@ -45,13 +45,16 @@ def run(
         "data": [Path(source).name if is_path(source) else source for source in data],
         "dtype": str(dtype).removeprefix("torch."),
     }
-    if (output / hub.CONFIG_NAME).exists():
-        if (output / WORK_NAME / "run.json").exists():  # stopped after its last file
+    processes = Processes()
+    finished, left_over = (output / hub.CONFIG_NAME).exists(), (output / WORK_NAME).exists()
+    processes.wait()  # until all have looked
+    if finished and left_over:  # stopped after its last file
+        if processes.is_first:
             shutil.rmtree(output / WORK_NAME)
             console.print(f"{output} is finished.")
-            return
+        return
+    if finished:
         raise LESSError(f"{output} already holds kernels. Choose another output folder, or remove it to train again.")
-    processes = Processes()
     model, tokenizer = models.load(model_name, dtype=dtype, device=processes.device)
     check(model, options)
     cost = estimate(model, options)
