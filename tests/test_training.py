@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -255,7 +256,7 @@ def test_a_killed_run_goes_on(tmp_path, whole):
     while not first_layer.exists() and process.poll() is None:
         time.sleep(0.01)
     process.kill()
-    process.wait()
+    assert process.wait() == -signal.SIGKILL  # it had not come to its end by itself
     assert start(tmp_path).wait() == 0
     assert all(torch.equal(whole[name], tensor) for name, tensor in saved(tmp_path).items())
 
