@@ -1,5 +1,7 @@
 """The command line on a tiny model from disk: every command to its end, and bad input in one line."""
 
+import io
+import itertools
 import json
 import shutil
 import subprocess
@@ -8,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+from rich.console import Console
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
@@ -18,6 +21,8 @@ from less_cache import LESSKernels, demo
 from less_cache.cli import app
 from less_cache.families import fingerprint
 from less_cache.hub import catalogue
+from less_cache.training import command
+from less_cache.training.cost import Cost
 
 TEXT = "It is a truth universally acknowledged, that a single man must be in want of a wife. " * 8
 
@@ -120,6 +125,17 @@ def test_two_processes_train_one_set(model, text, tmp_path):
     LESSKernels.from_pretrained(tmp_path / "kernels")
     (tmp_path / "kernels" / "work").mkdir()  # as if stopped after the last file
     assert launched().count("finished.") == 1
+
+
+def test_slow_training_shows_the_time_left():
+    seconds = itertools.count(step=40)
+    rows = command.progress_rows(Console(file=io.StringIO()))
+    rows.get_time = lambda: next(seconds)
+    report = command.ProgressReport(rows, Cost(capture=1, layerwise=0, joint=9999, disk=0, memory=0))
+    for done in range(1, 5):
+        report("joint", done, 600, 1.0)
+    left = [task.time_remaining for task in rows.tasks]
+    assert len(left) == 2 and None not in left
 
 
 @pytest.mark.parametrize("stages", [(1, 0), (0, 1)])

@@ -61,7 +61,7 @@ def run(
     if dry_run:
         console.print(cost_table(cost))
         return
-    with Progress(*COLUMNS, console=console, disable=not processes.is_first) as progress:
+    with progress_rows(console, disable=not processes.is_first) as progress:
         report = ProgressReport(progress, cost)
         sampler = TokenSampler([texts(source, model, tokenizer, options, output, report) for source in data])
         processes.wait()  # training clears away what is half written: texts of the model's own too
@@ -97,6 +97,11 @@ def texts(
     return [hub_text(source, tokenizer, sequences * options.longest)]
 
 
+def progress_rows(console: Console, disable: bool = False) -> Progress:
+    """Rows that know the time left however slow a step is: rich forgets what is older than 30 seconds."""
+    return Progress(*COLUMNS, console=console, disable=disable, speed_estimate_period=3600)
+
+
 class ProgressReport:
     """Rows of progress: the stage or layer at work, the layers together, and the whole run, weighed by its cost."""
 
@@ -118,7 +123,7 @@ class ProgressReport:
         if stage in self.shares:
             self.shares[stage] = done / total
             whole = sum(self.weights[name] * share for name, share in self.shares.items())
-            self.progress.update(self.rows["all"], completed=round(100 * whole))
+            self.progress.update(self.rows["all"], completed=100 * whole)
 
 
 def cost_table(cost: Cost) -> Table:
