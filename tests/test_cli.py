@@ -114,10 +114,10 @@ def test_two_processes_train_one_set(model, text, tmp_path):
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
     script = tmp_path / "script.py"  # not the module: -m would run it with the arguments of another torchrun
     script.write_text("from less_cache.cli import app; app()")
-    command = [*launch, script, *arguments, "--hidden-size", 4, "--sequences", 2]
+    words = [*launch, script, *arguments, "--hidden-size", 4, "--sequences", 2]
 
     def launched() -> str:
-        done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+        done = subprocess.run(list(map(str, words)), capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
