@@ -26,7 +26,7 @@ from less_cache.kernels import LESSKernels
 from less_cache.training.data import TokenSampler
 from less_cache.training.layers import TeacherLayer, roll_layers, student_cache, teacher_cache
 from less_cache.training.muon import Muon
-from less_cache.training.options import Example, TrainingOptions, cosine, draw_examples
+from less_cache.training.options import Example, TrainingOptions, draw_examples, falling
 from less_cache.training.processes import Processes
 
 STAGE = "joint"
@@ -76,7 +76,7 @@ class JointStage:
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
             parameter.grad = gradient.view_as(parameter)
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
-        rate = cosine(options.joint_learning_rate, self.step / options.joint_steps) * min(1, (self.step + 1) / WARM_UP)
+        rate = falling(options.joint_learning_rate, self.step / options.joint_steps) * min(1, (self.step + 1) / WARM_UP)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = rate

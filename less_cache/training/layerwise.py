@@ -20,7 +20,7 @@ from less_cache.errors import LESSError
 from less_cache.memory import TrainedMemory
 from less_cache.training.capture import STAGE, Shard, shard_path
 from less_cache.training.files import load_tensors, save_tensors
-from less_cache.training.options import TrainingOptions, cosine, draw_examples
+from less_cache.training.options import TrainingOptions, draw_examples, falling
 from less_cache.training.simulate import Decode, attend, columns, roll
 
 ROLLED_AT_ONCE = 16  # examples
@@ -131,7 +131,7 @@ def train_layer(
         if not epoch:
             epoch = draw.sample(task.sequences, len(task.sequences))
         for group in optimizer.param_groups:
-            group["lr"] = cosine(options.layerwise_learning_rate, step / options.layerwise_steps)
+            group["lr"] = falling(options.layerwise_learning_rate, step / options.layerwise_steps)
         optimizer.zero_grad()
         loss = torch.stack(task.losses(kernels, epoch.pop())).mean()
         loss.backward()

@@ -25,7 +25,7 @@ class TrainingOptions:
         joint_steps: Steps of the second stage: all layers run under LESS, the model's output distribution is matched, and what
             each layer hands on.
         batch_size: Sequences a step of the second stage.
-        layerwise_learning_rate: Adam's, at the start; falls to a tenth along a cosine.
+        layerwise_learning_rate: Adam's, at the start; falls to 0 in a straight line.
         joint_learning_rate: Muon's and Adam's; rises over the first steps, then falls in the same way.
         memory, rank, hidden_size: Kind and sizes of the kernels, as in `LESSConfig`.
         seed: Of the initial weights and of every draw.
@@ -108,6 +108,6 @@ def draw_examples(options: TrainingOptions, stage: str, index: int) -> list[Exam
     return examples
 
 
-def cosine(peak: float, done: float) -> float:
-    """A learning rate that falls from `peak` to a tenth of it as `done` goes from 0 to 1."""
-    return peak * (0.1 + 0.45 * (1 + math.cos(math.pi * done)))
+def falling(peak: float, done: float) -> float:
+    """A learning rate that falls from `peak` to 0 in a straight line as `done` goes from 0 to 1."""
+    return peak * (1 - done)

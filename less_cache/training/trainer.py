@@ -38,7 +38,7 @@ from less_cache.training.options import TrainingOptions
 from less_cache.training.processes import Processes
 
 WORK_NAME = "work"
-FORMAT = 2  # of what `work/` holds, and of what the stages do with it
+FORMAT = 3  # of what `work/` holds, and of what the stages do with it
 LOG_NAME = "training_log.json"
 
 
