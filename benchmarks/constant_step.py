@@ -17,10 +17,10 @@ import typer
 
 from less_cache.bench.command import without_folder
 from less_cache.bench.contenders import Contest
-from less_cache.bench.machine import describe
 from less_cache.bench.options import BenchOptions
 from less_cache.bench.timing import Spread, alternate, ratios
 from less_cache.evaluation.perplexity import cache_bytes
+from less_cache.machine import describe
 
 
 def main(

@@ -19,8 +19,8 @@ from rich.table import Table
 
 from less_cache import LESSCache, LESSKernels, models
 from less_cache.bench.command import without_folder
-from less_cache.bench.machine import describe
 from less_cache.evaluation.perplexity import perplexity, stretches
+from less_cache.machine import describe
 from less_cache.policies import POLICIES, EvictionPolicy, policy_class
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from less_cache.errors import LESSError
 
@@ -45,12 +45,26 @@ def load(
         tokenizer = tokenizer_class.from_pretrained(name, **shared)
         loaded: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **options)
     except Exception as error:  # readers of damaged files raise whatever they stumble over
-        raise LESSError(
-            f"Cannot load {model!r} ({_first_line(error)}). "
-            "Expected a folder with a transformers model, a .gguf file, or a Hub id that can be reached."
-        ) from error
+        raise _cannot_load(model, error) from error
     loaded.config.name_or_path = model
     return loaded.to(device).eval(), tokenizer
+
+
+def without_weights(model: str, *, dtype: torch.dtype = torch.float32) -> Any:
+    """The same model on the device `meta`: shapes alone, for which no weights are read.
+
+    Raises:
+        LESSError: There is no such model.
+    """
+    name, gguf_file = locate(model)
+    if gguf_file is not None:
+        _require("gguf", "accelerate")
+    try:
+        config = AutoConfig.from_pretrained(name, **({} if gguf_file is None else {"gguf_file": gguf_file}))
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    except Exception as error:  # readers of damaged files raise whatever they stumble over
+        raise _cannot_load(model, error) from error
 
 
 def locate(model: str) -> tuple[str, str | None]:
@@ -80,6 +94,13 @@ def weights_type(name: str) -> torch.dtype:
     if name not in DTYPES:
         raise LESSError(f"Expected --dtype to be one of {', '.join(DTYPES)}, got {name!r}.")
     return getattr(torch, name)
+
+
+def _cannot_load(model: str, error: Exception) -> LESSError:
+    return LESSError(
+        f"Cannot load {model!r} ({_first_line(error)}). "
+        "Expected a folder with a transformers model, a .gguf file, or a Hub id that can be reached."
+    )
 
 
 def _require(*packages: str) -> None:

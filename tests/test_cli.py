@@ -3,6 +3,7 @@
 import io
 import itertools
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -103,7 +104,8 @@ def test_train_then_evaluate(model, text, tmp_path):
     assert result.exit_code == 0, result.output
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
     report = json.loads(result.stdout.splitlines()[-1])
-    assert report["dtype"] == "bfloat16"
+    assert report["dtype"] == "bfloat16" and report["machine"]["threads"] and report["versions"]["torch"]
+    assert report["results"][1][1]["tokens"] == 12 and report["results"][1][0]["tokens"] == 47  # the last is not fed back
     assert report["results"][0][0] == report["results"][1][0]  # the full cache is the same, and measured once
     assert [row["cache"] for row in report["results"][0]] == ["full", "policy", "baseline+", "baseline+", "untrained", "less"]
     assert report["results"][1][1]["policy"] == {"name": "h2o", "heavy": 6, "recent": 6}
@@ -117,12 +119,18 @@ def test_two_processes_train_one_set(model, text, tmp_path):
     words = [*launch, script, *arguments, "--hidden-size", 4, "--sequences", 2]
 
     def launched() -> str:
-        done = subprocess.run(list(map(str, words)), capture_output=True, text=True)
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run(list(map(str, words)), env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
     assert launched().count("Wrote ") == 1
-    LESSKernels.from_pretrained(tmp_path / "kernels")
+    one_thread = [sys.executable, script, *arguments, "--hidden-size", 4, "--sequences", 2]
+    one_thread[5] = tmp_path / "alone"
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run(list(map(str, one_thread)), env=environment, check=True, capture_output=True)
+    for name in ("less_kernels.safetensors", "training_log.json"):
+        assert (tmp_path / "kernels" / name).read_bytes() == (tmp_path / "alone" / name).read_bytes(), name
     (tmp_path / "kernels" / "work").mkdir()  # as if stopped after the last file
     assert launched().count("finished.") == 1
 
@@ -131,7 +139,7 @@ def test_slow_training_shows_the_time_left():
     seconds = itertools.count(step=40)
     rows = command.progress_rows(Console(file=io.StringIO()))
     rows.get_time = lambda: next(seconds)
-    report = command.ProgressReport(rows, Cost(capture=1, layerwise=0, joint=9999, disk=0, memory=0))
+    report = command.ProgressReport(rows, Cost(own_text=0, capture=1, layerwise=0, joint=9999, disk=0, memory=0))
     for done in range(1, 5):
         report("joint", done, 600, 1.0)
     left = [task.time_remaining for task in rows.tasks]
@@ -199,10 +207,13 @@ def test_a_run_stopped_after_its_last_file_is_finished(model, text, tmp_path, mo
 
 
 def test_a_dry_run_says_what_it_takes_and_writes_nothing(model, text, tmp_path):
-    result = run("train", model, "--data", text, "--output", tmp_path / "kernels", "--dry-run")
+    words = ("train", model, "--data", text, "--output", tmp_path / "kernels", "--dry-run")
+    (model / "model.safetensors").unlink()  # no weights are read
+    result = run(*words)
     assert result.exit_code == 0, result.output
     for word in ("TFLOP", "disk", "memory"):
         assert word in result.output
+    assert "own" not in result.output.replace("its own", "") and "text of its own" in run(*words, "--data", "self").output
     assert not (tmp_path / "kernels").exists()
 
 

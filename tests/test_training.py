@@ -338,7 +338,11 @@ def test_the_estimate_of_disk_is_what_capture_writes(tmp_path):
             tensors += sum(tensor.nbytes for decoded in shard.decoded for tensor in vars(decoded).values())
         tensors += model.model.layers[layer_idx].self_attn.o_proj.weight.nbytes
     kernels = 4 * 2 * (4 * (8 * 4 + 4 * 8) + 2 * (8 * 4 + 4 * 8 + 8 * 8 + 2 * 8))
-    assert estimate(model, dataclasses.replace(TINY, memory="low_rank")).disk == tensors + 6 * kernels
+    low_rank = dataclasses.replace(TINY, memory="low_rank")
+    assert estimate(model, low_rank).disk == tensors + 6 * kernels
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    written = estimate(model, low_rank, own_texts=2).own_text
+    assert estimate(model, low_rank).own_text == 0 and written > 2 * TINY.sequences * TINY.longest * 2 * parameters
 
 
 def test_a_model_writes_its_own_text(tmp_path):
@@ -389,9 +393,9 @@ def test_other_texts_do_not_go_on(tmp_path):
     train(tiny.tiny_llama(), sampler(), TINY, tmp_path / "run", described={"data": ["a"]})
     with pytest.raises(LESSError, match="other options, texts"):
         train(tiny.tiny_llama(), sampler(), TINY, tmp_path / "run", described={"data": ["b"]})
-    longer = TokenSampler([[torch.arange(301) * 7 % tiny.VOCAB]])
-    with pytest.raises(LESSError, match="other options, texts"):
-        train(tiny.tiny_llama(), longer, TINY, tmp_path / "run", described={"data": ["a"]})
+    for other in (torch.arange(301) * 7, torch.arange(300) * 5):  # longer; as long, but another
+        with pytest.raises(LESSError, match="other options, texts"):
+            train(tiny.tiny_llama(), TokenSampler([[other % tiny.VOCAB]]), TINY, tmp_path / "run", described={"data": ["a"]})
 
 
 def test_another_model_does_not_go_on(tmp_path):
@@ -417,6 +421,10 @@ def test_a_model_that_cannot_be_trained_is_refused_at_once(tmp_path):
     with pytest.raises(LESSError, match="Train with layerwise_steps=200, joint_steps=0"):
         train(recurrent, sampler(), TINY, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+    kernels = train(recurrent, sampler(), dataclasses.replace(TINY, joint_steps=0), tmp_path / "run")  # as it says
+    cache = LESSCache(recurrent, policy=H2O(3, 3), kernels=kernels)
+    assert kernels.config.layers == [index for index, layer in enumerate(cache.layers) if isinstance(layer, LESSLayer)]
+    recurrent.generate(torch.arange(20)[None], past_key_values=cache, max_new_tokens=3, do_sample=False)
 
 
 def test_what_a_killed_process_was_writing_goes(tmp_path):
@@ -472,24 +480,25 @@ def test_a_gradient_that_is_not_finite_is_never_stored(tmp_path, monkeypatch, op
     assert {path.name for path in (tmp_path / "work").iterdir()} <= {"run.json", "capture"}
 
 
-def test_a_full_disk_keeps_the_finished_layers(tmp_path, monkeypatch):
-    """Full from the second checkpoint on."""
-    real_replace, checkpoints = os.replace, []
+@pytest.mark.parametrize(("name", "layers"), [("sequence_0002.safetensors", 0), ("layer_01.safetensors", 1), ("joint.pt", 2)])
+def test_a_full_disk_keeps_the_finished_layers(name, layers, tmp_path, monkeypatch):
+    """Full from the second file of this name on: a shard, a layer (there is one of it), a checkpoint."""
+    real_replace, written = os.replace, []
 
     def replace(source, target):
-        if Path(target).name == "joint.pt":
-            checkpoints.append(target)
-        if len(checkpoints) > 1:
+        if Path(target).name == name:
+            written.append(target)
+        if len(written) > (name != "layer_01.safetensors"):
             raise OSError(28, "No space left on device")
         real_replace(source, target)
 
     monkeypatch.setattr(os, "replace", replace)
-    with pytest.raises(LESSError, match="No space left on device"):
+    with pytest.raises(LESSError, match=r"No space left on device.*the same command goes on"):
         train(tiny.tiny_llama(), sampler(), TINY, tmp_path / "full")
     monkeypatch.setattr(os, "replace", real_replace)
     work = tmp_path / "full" / "work"
-    assert {path.name for path in work.iterdir()} == {"run.json", "capture", "layers", "joint.pt"}
-    assert len(list((work / "layers").iterdir())) == 2
+    assert len(list(work.glob("layers/*.safetensors"))) == layers and (work / "joint.pt").exists() == (layers == 2)
+    assert not list(work.rglob(".saving-*")), "something half written was left"
     assert equal(
         train(tiny.tiny_llama(), sampler(), TINY, tmp_path / "full"),
         train(tiny.tiny_llama(), sampler(), TINY, tmp_path / "whole"),

@@ -6,12 +6,12 @@ from collections.abc import Callable
 import torch
 
 from less_cache.bench.contenders import Contest
-from less_cache.bench.machine import memory
 from less_cache.bench.options import BenchOptions
 from less_cache.bench.peak import PeakMemory
 from less_cache.bench.table import shown
 from less_cache.bench.timing import Spread, alternate
 from less_cache.evaluation.perplexity import cache_bytes
+from less_cache.machine import memory
 
 NOTE = (
     "By bytes: memory less weights, divided by the bytes of one sequence. Runs: the largest batch that was seen to fit, "

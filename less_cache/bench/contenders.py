@@ -11,13 +11,13 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, Cache, DynamicCache, PreTrainedModel, StaticCache
 
 from less_cache import models
-from less_cache.bench.machine import synchronize
 from less_cache.bench.options import BenchOptions
 from less_cache.cache import LESSCache
 from less_cache.config import LESSConfig
 from less_cache.errors import LESSError
 from less_cache.families import full_attention_layers, geometry
 from less_cache.kernels import LESSKernels
+from less_cache.machine import synchronize
 from less_cache.policies import EvictionPolicy, policy_class
 from less_cache.training.options import TrainingOptions
 
@@ -149,7 +149,6 @@ def random_kernels(model: PreTrainedModel, seed: int) -> LESSKernels:
     config = LESSConfig(
         **dataclasses.asdict(geometry(model.config)),
         memory=TrainingOptions.memory,
-        rank=TrainingOptions.rank,
         hidden_size=TrainingOptions.hidden_size,
         layers=full_attention_layers(model.config),
     )

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from less_cache import models, outputs
+from less_cache import machine, models, outputs
 from less_cache.errors import LESSError
 from less_cache.evaluation.perplexity import Measurement, measure, stretches
 from less_cache.evaluation.plot import draw
@@ -69,7 +69,8 @@ def run(
         console.print(table(str(policy), rows))
         results.append([dataclasses.asdict(row) for row in rows])
     sha256 = kernels.config.sha256 if kernels is not None else None
-    report = {**protocol, "kernels_sha256": sha256, "less_cache": __version__, "results": results}
+    described = machine.describe(model.device)
+    report = {**protocol, "kernels_sha256": sha256, "less_cache": __version__, **described, "results": results}
     outputs.finish(report, output, plot, lambda report: draw({", ".join(report["data"]): report}))
 
 
@@ -90,12 +91,13 @@ def table(title: str, rows: list[Measurement]) -> Table:
     """One policy's measurements."""
     result = Table(title=title, box=box.SIMPLE_HEAD)
     result.add_column("cache")
-    for name in ("bytes", "perplexity", "gap recovered"):
+    for name in ("tokens kept", "bytes", "perplexity", "gap recovered"):
         result.add_column(name, justify="right")
     for row in rows:
         recovered = "" if row.gap_recovered is None else f"{row.gap_recovered:.0%}"
         name = row.cache
         if name == "baseline+" and row.policy is not None:
             name += f" ({', '.join(str(count) for count in list(row.policy.values())[1:])})"
-        result.add_row(name, f"{row.bytes:,.0f}", f"{row.perplexity:.2f}", recovered)
+        kept = "" if row.tokens is None else f"{row.tokens:.0f}"
+        result.add_row(name, kept, f"{row.bytes:,.0f}", f"{row.perplexity:.2f}", recovered)
     return result

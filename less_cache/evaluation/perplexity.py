@@ -15,6 +15,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from less_cache.cache import LESSCache
 from less_cache.errors import LESSError
 from less_cache.kernels import LESSKernels
+from less_cache.layer import LESSLayer
 from less_cache.policies import EvictionPolicy
 
 
@@ -28,6 +29,7 @@ class Measurement:
         policy: The policy's JSON form; None for the full cache.
         perplexity: exp of the mean negative log-likelihood of the decoded tokens, nats.
         bytes: Held by the cache after the last token, mean over sequences.
+        tokens: Kept by a KV head after the last token, mean over KV heads, layers and sequences; None: not measured.
         gap_recovered: (policy − this) / (policy − full), in perplexity; None where it says nothing.
     """
 
@@ -35,6 +37,7 @@ class Measurement:
     policy: dict | None
     perplexity: float
     bytes: float
+    tokens: float | None = None
     gap_recovered: float | None = None
 
 
@@ -121,18 +124,19 @@ def perplexity(
     prompt_length: int,
     batch_size: int,
     advance: Callable[[], object],
-) -> tuple[float, float]:
-    """Perplexity of the tokens after the prompt, and the cache's bytes a sequence."""
-    loss, held = 0.0, 0
+) -> tuple[float, float, float]:
+    """Perplexity of the tokens after the prompt, the cache's bytes a sequence, and the tokens that a KV head keeps."""
+    loss, held, kept = 0.0, 0, 0.0
     with torch.no_grad():
         for batch in tokens.to(model.device).split(batch_size):
             cache = make()
             for logits, target in zip(_steps(model, batch, cache, prompt_length), batch[:, prompt_length:].T, strict=True):
                 loss += cross_entropy(logits.float(), target, reduction="sum").item()
             held += cache_bytes(cache)
+            kept += kept_tokens(cache) * batch.shape[0]
             advance()
     count = tokens.shape[0] * (tokens.shape[1] - prompt_length)
-    return math.exp(loss / count), held / tokens.shape[0]
+    return math.exp(loss / count), held / tokens.shape[0], kept / tokens.shape[0]
 
 
 def _steps(model: PreTrainedModel, batch: torch.Tensor, cache: Cache, prompt_length: int) -> Iterator[torch.Tensor]:
@@ -148,3 +152,11 @@ def cache_bytes(cache: Cache) -> int:
         return cache.memory_footprint().total
     held = (getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values"))
     return sum(tensor.nbytes for tensor in held if tensor is not None)
+
+
+def kept_tokens(cache: Cache) -> float:
+    """Tokens that a KV head keeps, mean over KV heads, sequences and full-attention layers."""
+    if not isinstance(cache, LESSCache):
+        return float(cache.get_seq_length())
+    positions = [layer.held()["positions"] for layer in cache.layers if isinstance(layer, LESSLayer)]  # [b, g, c] each
+    return sum((each >= 0).sum(-1).float().mean().item() for each in positions) / len(positions)

@@ -55,12 +55,14 @@ def run(
         return
     if finished:
         raise LESSError(f"{output} already holds kernels. Choose another output folder, or remove it to train again.")
+    if dry_run:
+        skeleton = models.without_weights(model_name, dtype=dtype)
+        check(skeleton, options)
+        console.print(cost_table(estimate(skeleton, options, data.count(OWN))))
+        return
     model, tokenizer = models.load(model_name, dtype=dtype, device=processes.device)
     check(model, options)
-    cost = estimate(model, options)
-    if dry_run:
-        console.print(cost_table(cost))
-        return
+    cost = estimate(model, options, data.count(OWN))
     with progress_rows(console, disable=not processes.is_first) as progress:
         report = ProgressReport(progress, cost)
         sampler = TokenSampler([texts(source, model, tokenizer, options, output, report) for source in data])
@@ -107,8 +109,8 @@ class ProgressReport:
 
     def __init__(self, progress: Progress, cost: Cost):
         self.progress = progress
-        total = cost.capture + cost.layerwise + cost.joint
-        self.weights = {"capture": cost.capture / total, "layers": cost.layerwise / total, "joint": cost.joint / total}
+        parts = {"own text": cost.own_text, "capture": cost.capture, "layers": cost.layerwise, "joint": cost.joint}
+        self.weights = {stage: part / sum(parts.values()) for stage, part in parts.items()}
         self.shares = dict.fromkeys(self.weights, 0.0)
         self.rows = {"all": progress.add_task("all, %", total=100, loss="")}
 
@@ -131,7 +133,8 @@ def cost_table(cost: Cost) -> Table:
     table = Table(title="What this run takes", box=box.SIMPLE_HEAD, show_header=False)
     table.add_column()
     table.add_column(justify="right")
-    stages = {"capture": cost.capture, "each layer on its own": cost.layerwise, "all layers jointly": cost.joint}
+    stages = {"text of its own": cost.own_text} if cost.own_text else {}
+    stages |= {"capture": cost.capture, "each layer on its own": cost.layerwise, "all layers jointly": cost.joint}
     for stage, flops in stages.items():
         table.add_row(stage, f"{flops / 1e12:,.1f} TFLOP")
     table.add_row("all", f"{sum(stages.values()) / 1e12:,.1f} TFLOP", style="bold")

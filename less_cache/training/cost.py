@@ -21,11 +21,13 @@ class Cost:
     """Operations of each part of a run (a multiplication and an addition are two), and bytes.
 
     Args:
-        capture, layerwise, joint: Floating-point operations, matrix products alone.
+        own_text: Floating-point operations of the texts that the model writes itself, matrix products alone.
+        capture, layerwise, joint: The same of each part of the training.
         disk: Most bytes in the output folder.
         memory: Bytes of weights, kernels and the dense pass's activations, of one process; the backward pass needs more.
     """
 
+    own_text: float
     capture: float
     layerwise: float
     joint: float
@@ -33,12 +35,16 @@ class Cost:
     memory: int
 
 
-def estimate(model: PreTrainedModel, options: TrainingOptions) -> Cost:
-    """The cost of training kernels for `model`, over the very sequences that a run would draw."""
+def estimate(model: PreTrainedModel, options: TrainingOptions, own_texts: int = 0) -> Cost:
+    """The cost of training kernels for `model`, which may lie on `meta`, over the very sequences that a run would draw.
+
+    `own_texts`: how many sets of `options.sequences` texts the model writes first.
+    """
     sizes = geometry(model.config)
     h, g, d = sizes.num_attention_heads, sizes.num_key_value_heads, sizes.head_dim
     layers = len(full_attention_layers(model.config))
-    n, m, r = options.decoded, options.hidden_size, options.rank
+    ranks = [options.rank] * layers if isinstance(options.rank, int) else options.rank
+    n, m, r = options.decoded, options.hidden_size, sum(ranks) / layers
     parameters = sum(parameter.numel() for parameter in model.parameters())
     itemsize = next(model.parameters()).element_size()
 
@@ -66,12 +72,15 @@ def estimate(model: PreTrainedModel, options: TrainingOptions) -> Cost:
     projections = layers * text_config.hidden_size * h * d * itemsize
     captured = range(options.sequences) if options.layerwise_steps else options.held_out
     examples = [draw_examples(options, capture.STAGE, index) for index in captured]
-    kernel_bytes = 4 * layers * sum(math.prod(shape) for shape in MEMORIES[options.memory].shapes(h, g, d, m, r).values())
+    shapes = [MEMORIES[options.memory].shapes(h, g, d, m, rank) for rank in ranks]
+    kernel_bytes = 4 * sum(math.prod(shape) for layer in shapes for shape in layer.values())
     mean = sum(map(less, examples)) / len(examples)
     drawn = [draw_examples(options, joint.STAGE, index) for index in range(options.joint_steps * options.batch_size)]
     hidden = text_config.hidden_size * (sizes.num_hidden_layers + 1)  # numbers a token that layers hand on
     activations = options.longest * (sizes.num_hidden_layers * d * (h + 2 * g) + hidden) if options.joint_steps else 0
+    written = own_texts * options.sequences * (2 * parameters * options.longest + 2 * layers * h * d * options.longest**2)
     return Cost(
+        own_text=written,
         capture=sum(map(dense, examples)),
         layerwise=layers * options.layerwise_steps * mean,
         joint=sum(dense(each) + layers * less(each) + 6 * parameters * n * len(each) for each in drawn),

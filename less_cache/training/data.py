@@ -3,6 +3,7 @@
 Axes: `b` sequences, `t` tokens.
 """
 
+import hashlib
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -36,6 +37,15 @@ class TokenSampler:
                     f"Expected texts of at least {length} tokens, got at most {longest} in source {index + 1} of "
                     f"{len(self.sources)}. Pass longer texts or shorter prompt lengths."
                 )
+
+    def digest(self) -> str:
+        """sha256 of all token ids: another text, another digest."""
+        found = hashlib.sha256()
+        for texts in self.sources:
+            for text in texts:
+                found.update(f"{len(text)} ".encode() + text.numpy().tobytes())
+            found.update(b"end")
+        return found.hexdigest()
 
     def batch(self, batch_size: int, length: int, generator: torch.Generator) -> torch.Tensor:
         """`[batch_size, length]` token ids, a function of `generator`'s state; see `check`."""

@@ -70,7 +70,8 @@ class JointStage:
         if not torch.isfinite(total).all():
             raise LESSError(
                 f"Joint step {self.step}: the loss is {loss}, and it or a gradient is not finite. The last checkpoint and the "
-                "finished layers are kept; choose another output folder and a lower TrainingOptions.joint_learning_rate."
+                "finished layers are kept; choose another output folder and a lower joint_learning_rate "
+                "(--joint-learning-rate)."
             )
         gradients = (total[:-1] / options.batch_size).split(self.sizes)
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
@@ -126,7 +127,7 @@ class JointStage:
         if output.hidden_states is None:
             raise LESSError(
                 f"{type(self.model).__name__}: expected a model that returns its hidden states, which the second stage needs. "
-                "Train with layerwise_steps=200, joint_steps=0."
+                "Train with layerwise_steps=200, joint_steps=0 (--layerwise-steps 200 --joint-steps 0)."
             )
         return output
 

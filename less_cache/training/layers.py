@@ -147,7 +147,8 @@ def teacher_cache(config: PreTrainedConfig, with_kernels: Collection[int]) -> Ca
         if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
             raise LESSError(
                 f"Layer {index} is a {type(layer).__name__}: a recurrent layer cannot be run from the middle of a sequence, "
-                "which the second stage needs. Train with layerwise_steps=200, joint_steps=0."
+                "which the second stage needs. Train with layerwise_steps=200, joint_steps=0 "
+                "(--layerwise-steps 200 --joint-steps 0)."
             )
         is_sliding = type(layer) is DynamicSlidingWindowLayer
         layers.append(TeacherLayer() if index in with_kernels else DenseLayer(is_sliding))

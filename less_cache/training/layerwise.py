@@ -139,7 +139,7 @@ def train_layer(
         if not torch.isfinite(loss + norm):
             raise LESSError(
                 f"Layer {layer_idx}, step {step}: the loss is {loss.item()}, and it or a gradient is not finite. Finished "
-                "layers are kept; choose another output folder and a lower TrainingOptions.layerwise_learning_rate."
+                "layers are kept; choose another output folder and a lower layerwise_learning_rate (--layerwise-learning-rate)."
             )
         optimizer.step()
         losses.append(loss.item())

@@ -27,7 +27,8 @@ class TrainingOptions:
         batch_size: Sequences a step of the second stage.
         layerwise_learning_rate: Adam's, at the start; falls to 0 in a straight line.
         joint_learning_rate: Muon's and Adam's; rises over the first steps, then falls in the same way.
-        memory, rank, hidden_size: Kind and sizes of the kernels, as in `LESSConfig`.
+        memory, rank, hidden_size: Kind and sizes of the kernels, as in `LESSConfig`; one rank, or one for each layer that is
+            trained.
         seed: Of the initial weights and of every draw.
         checkpoint_every: Steps between checkpoints of the second stage.
     """
@@ -45,7 +46,7 @@ class TrainingOptions:
     layerwise_learning_rate: float = 2e-3
     joint_learning_rate: float = 8e-3
     memory: str = "soft_centroids"
-    rank: int = 8
+    rank: int | tuple[int, ...] = 8
     hidden_size: int = 64
     seed: int = 0
     checkpoint_every: int = 10

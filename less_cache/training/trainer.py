@@ -118,7 +118,7 @@ class _Run:
         config = LESSConfig(
             **dataclasses.asdict(geometry(model.config)),
             memory=options.memory,
-            rank=options.rank,
+            rank=options.rank if isinstance(options.rank, int) else list(options.rank),
             hidden_size=options.hidden_size,
             layers=full_attention_layers(model.config),
             model_type=model.config.get_text_config(decoder=True).model_type,
@@ -156,7 +156,7 @@ class _Run:
                 "format": FORMAT,
                 **config.training,
                 "model": config.base_model_fingerprint,
-                "tokens": [sum(map(len, each)) for each in self.sampler.sources],
+                "texts": self.sampler.digest(),
             }
         )
         if self.processes.is_first:
