@@ -2,11 +2,12 @@
 approximation of rank R, found with the queries, keys and kept sets of the text itself.
 
     python benchmarks/oracle.py MODEL TEXT [--rank 8 …] [--sequences 4] [--prompt-length 512] [--decoded 128] [--budget 32]
+        [--policy h2o]
 
 For a KV head, E holds the attention weights of all decoded queries of its group (rows) to the tokens evicted when they
 attend (columns), as shares of the whole softmax. φ(q) ψ(k)ᵀ with any φ and ψ has rank R; the best one in the least-squares
 sense is E's truncated singular value decomposition. Negative entries are cut off, the rows normalised again. Queries and
-keys are those of the model under this attention; the kept sets are the dense model's under H2O. One JSON line.
+keys are those of the model under this attention; the kept sets are the dense model's under the policy. One JSON line.
 """
 
 import argparse
@@ -18,9 +19,10 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import Cache
 
-from less_cache import H2O, LESSKernels, hook, models
+from less_cache import LESSKernels, hook, machine, models
 from less_cache.attention import attention_logits
 from less_cache.evaluation.perplexity import stretches
+from less_cache.policies import policy_class
 from less_cache.training.layers import TeacherLayer, TrainingLayer, roll_layers, teacher_cache
 from less_cache.training.options import Example
 from less_cache.training.simulate import Decode, columns
@@ -71,6 +73,7 @@ parser.add_argument("--sequences", type=int, default=4)
 parser.add_argument("--prompt-length", type=int, default=512)
 parser.add_argument("--decoded", type=int, default=128)
 parser.add_argument("--budget", type=int, default=32)
+parser.add_argument("--policy", default="h2o")
 arguments = parser.parse_args()
 p, n = arguments.prompt_length, arguments.decoded
 
@@ -80,7 +83,7 @@ hook.install()
 layers = LESSKernels.untrained(model)
 if len(layers.config.layers or []) != layers.config.num_hidden_layers:
     parser.error("expected a model of full-attention layers alone")
-example = Example(p, H2O.from_budget(arguments.budget))
+example = Example(p, policy_class(arguments.policy).from_budget(arguments.budget))
 losses: dict[str, float] = {"full": 0.0, "policy": 0.0} | {f"rank {rank}": 0.0 for rank in arguments.rank}
 with torch.no_grad():
     for tokens in stretches([arguments.text], tokenizer, arguments.sequences, p + n).split(1):
@@ -109,6 +112,7 @@ print(
             "policy": example.policy.to_dict(),
             "perplexity": {name: round(value, 2) for name, value in perplexities.items()},
             "gap_recovered": recovered,
+            **machine.describe(model.device),
         }
     )
 )

@@ -112,27 +112,25 @@ def test_train_then_evaluate(model, text, tmp_path):
 
 
 def test_two_processes_train_one_set(model, text, tmp_path):
-    arguments = ("train", model, "--data", text, "--output", tmp_path / "kernels", "--joint-steps", 2, "--prompt-length", 40)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+    """The bytes of one process, written once."""
     script = tmp_path / "script.py"  # not the module: -m would run it with the arguments of another torchrun
     script.write_text("from less_cache.cli import app; app()")
-    words = [*launch, script, *arguments, "--hidden-size", 4, "--sequences", 2]
+    sizes = ("--joint-steps", 2, "--prompt-length", 40, "--hidden-size", 4, "--sequences", 2)
 
-    def launched() -> str:
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    def trained(launch: list, output: Path) -> str:
+        words = [*launch, script, "train", model, "--data", text, "--output", output, *sizes]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}  # another number may add in another order
         done = subprocess.run(list(map(str, words)), env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    assert launched().count("Wrote ") == 1
-    one_thread = [sys.executable, script, *arguments, "--hidden-size", 4, "--sequences", 2]
-    one_thread[5] = tmp_path / "alone"
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run(list(map(str, one_thread)), env=environment, check=True, capture_output=True)
+    two = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+    assert trained(two, tmp_path / "two").count("Wrote ") == 1
+    trained([sys.executable], tmp_path / "one")
     for name in ("less_kernels.safetensors", "training_log.json"):
-        assert (tmp_path / "kernels" / name).read_bytes() == (tmp_path / "alone" / name).read_bytes(), name
-    (tmp_path / "kernels" / "work").mkdir()  # as if stopped after the last file
-    assert launched().count("finished.") == 1
+        assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes(), name
+    (tmp_path / "two" / "work").mkdir()  # as if stopped after the last file
+    assert trained(two, tmp_path / "two").count("finished.") == 1
 
 
 def test_slow_training_shows_the_time_left():
