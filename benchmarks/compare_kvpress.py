@@ -20,8 +20,7 @@ from kvpress_side import decode_seconds, ratios
 from safetensors.torch import save_file
 from transformers import DynamicCache
 
-from less_cache import H2O, LESSCache, LESSKernels, models
-from less_cache.bench import machine
+from less_cache import H2O, LESSCache, LESSKernels, machine, models
 from less_cache.evaluation.perplexity import measure, stretches
 
 KVPRESS, TRANSFORMERS = "kvpress==0.5.5", "transformers>=5.2,<5.3"
@@ -30,7 +29,7 @@ KVPRESS, TRANSFORMERS = "kvpress==0.5.5", "transformers>=5.2,<5.3"
 def environment(folder: Path) -> Path:
     """The interpreter of an environment with kvpress, made where it is missing."""
     python = folder / "bin" / "python"
-    if not python.exists():
+    if not python.exists() or subprocess.run([python, "-c", "import kvpress"], capture_output=True).returncode:
         subprocess.run([sys.executable, "-m", "venv", folder], check=True)
         torch_first = f"torch=={torch.__version__.split('+')[0]}"
         for wanted in ([torch_first], [torch_first, KVPRESS, TRANSFORMERS]):

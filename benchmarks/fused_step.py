@@ -21,9 +21,8 @@ from unittest import mock
 import torch
 import typer
 
-from less_cache import H2O, SinkRecent
+from less_cache import H2O, SinkRecent, machine
 from less_cache import layer as layer_module
-from less_cache.bench import machine
 from less_cache.bench.timing import Spread, alternate, ratios
 from less_cache.kernels import MEMORIES
 from less_cache.layer import LESSLayer

@@ -43,6 +43,11 @@ def memory(device: torch.device) -> int | None:
         return None
 
 
+def out_of_memory(error: RuntimeError) -> bool:
+    """Whether the device had no memory left; a processor's allocator has no exception of its own."""
+    return isinstance(error, torch.OutOfMemoryError) or "you tried to allocate" in str(error)
+
+
 def synchronize(device: torch.device) -> None:
     """Wait until the device has done what it was asked."""
     if device.type == "cuda":

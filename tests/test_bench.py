@@ -234,6 +234,30 @@ def test_the_largest_batch_is_one_that_was_seen_to_fit(folder, has, expected):
     assert peak == (None if expected is None else 600_000)
 
 
+def test_a_batch_that_finds_no_memory_is_one_too_many(folder):
+    """As a GPU says it and as a processor does; any other error is one."""
+    subject, tried = contest(folder, memory=10**9), []
+
+    def decoding(contest, name, context, count):
+        def run():
+            tried.append(count)
+            FakePeak.batch = 1
+            if count == 100:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            if count == 90:
+                torch.empty(2**56)
+
+        return run
+
+    with mock.patch.multiple(batch, PeakMemory=FakePeak, memory=lambda device: 10**10, _decoding=decoding):
+        assert batch._largest(subject, "dynamic", 32, computed=100)[0] == 81 and tried == [100, 90, 81]
+    with (
+        mock.patch.multiple(batch, PeakMemory=FakePeak, memory=lambda device: 10**10, _decoding=lambda *_: lambda: 1 / 0),
+        pytest.raises(ZeroDivisionError),
+    ):
+        batch._largest(subject, "dynamic", 32, computed=100)
+
+
 def test_batches_go_up_to_the_largest():
     assert batch._sizes(20) == [1, 4, 16, 20]
     assert batch._sizes(1) == [1]

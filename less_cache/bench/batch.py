@@ -11,7 +11,7 @@ from less_cache.bench.peak import PeakMemory
 from less_cache.bench.table import shown
 from less_cache.bench.timing import Spread, alternate
 from less_cache.evaluation.perplexity import cache_bytes
-from less_cache.machine import memory
+from less_cache.machine import memory, out_of_memory
 
 NOTE = (
     "By bytes: memory less weights, divided by the bytes of one sequence. Runs: the largest batch that was seen to fit, "
@@ -118,7 +118,9 @@ def _largest(contest: Contest, name: str, context: int, computed: int) -> tuple[
         peak.start()
         try:
             _decoding(contest, name, context, batch)()
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
             batch = batch * 9 // 10
             continue
         held = peak.stop()
