@@ -31,7 +31,16 @@ from less_cache.training.options import Example
 
 PROMPT, DECODED = 512, 128
 COMMON = TrainingOptions(prompts=(PROMPT,), decoded=DECODED)
-HARD = (5, 6, 7, 8, 9, 11, 12, 13, 14, 17, 18, 23, 24, 25, 26)  # of SmolLM2-135M's 30 layers
+
+
+def ranks_by_error() -> tuple[int, ...]:
+    """For SmolLM2-135M: 12 in the half of the layers where the set in hub/ leaves most of the policy's error, 4 elsewhere."""
+    log = Path(__file__).parent / "results" / "training-smollm2-135m-instruct-h2o.json"
+    layers = json.loads(log.read_text())["layers"]
+    hard = sorted(range(len(layers)), key=lambda layer: -layers[layer]["after"])[: len(layers) // 2]
+    return tuple(12 if layer in hard else 4 for layer in range(len(layers)))
+
+
 SETS: dict[str, dict] = {
     "mixed": {},
     "h2o": {"policies": ("h2o",)},
@@ -39,8 +48,7 @@ SETS: dict[str, dict] = {
     "corm": {"policies": ("corm",)},
     "no fading": {},
     "rank 16": {"rank": 16},
-    # In half of the layers, where the set in hub/ leaves most of the policy's error, three times the rank of the others.
-    "rank by layer": {"rank": tuple(12 if layer in HARD else 4 for layer in range(30))},
+    "rank by layer": {"rank": ranks_by_error()},
     "hidden 128": {"hidden_size": 128},
     "half the rate": {"joint_learning_rate": TrainingOptions.joint_learning_rate / 2},
     "low_rank": {"memory": "low_rank", "joint_learning_rate": 1e-3},
@@ -48,14 +56,18 @@ SETS: dict[str, dict] = {
 USED = {"h2o": H2O(16, 16), "sink_recent": SinkRecent(4, 28), "corm": CORM(window=16, recent=16)}
 
 
-def trained(name: str, model, sampler: TokenSampler, folder: Path, steps: int) -> LESSKernels:
+def trained(name: str, model, sampler: TokenSampler, folder: Path, steps: int, dtype: str) -> LESSKernels:
     """The set of this name; read where FOLDER has it."""
+    options = dataclasses.replace(COMMON, joint_steps=steps, **SETS[name])
+    described = {"choice": name, "texts": sampler.digest(), "dtype": dtype}
     if not (folder / CONFIG_NAME).exists():
-        options = dataclasses.replace(COMMON, joint_steps=steps, **SETS[name])
         start = reset_without_fading if name == "no fading" else LayerSoftCentroids.reset_parameters
         with tempfile.TemporaryDirectory() as work, patch.object(LayerSoftCentroids, "reset_parameters", start):
-            train(model, sampler, options, Path(work)).save_pretrained(folder)
-    return LESSKernels.from_pretrained(folder)
+            train(model, sampler, options, Path(work), described=described).save_pretrained(folder)
+    kernels = LESSKernels.from_pretrained(folder)
+    if kernels.config.training != json.loads(json.dumps({**dataclasses.asdict(options), **described})):
+        raise typer.BadParameter(f"{folder} was trained in another way: {kernels.config.training}. Choose another FOLDER.")
+    return kernels
 
 
 def reset_without_fading(memory, generator=None, reset=LayerSoftCentroids.reset_parameters) -> None:
@@ -107,7 +119,7 @@ def main(
     sampler = TokenSampler([[tokenize(file.read_text("utf-8"), tokenizer) for file in source] for source in sources])
     sets = {}
     for name in only or SETS:
-        sets[name] = trained(name, model, sampler, folder / name.replace(" ", "-"), steps)
+        sets[name] = trained(name, model, sampler, folder / name.replace(" ", "-"), steps, dtype)
         typer.echo(f"trained: {name}", err=True)
     left: dict[str, dict[str, dict[str, float]]] = {}
     for named in text:

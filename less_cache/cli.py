@@ -116,10 +116,10 @@ def train(
         int, typer.Option(min=0, help="Steps on the model's output, all layers under LESS.")
     ] = TrainingOptions.joint_steps,
     layerwise_learning_rate: Annotated[
-        float, typer.Option(min=0, help="Highest of these steps; falls to 0.")
+        float, typer.Option(help="Highest of these steps; falls to 0.")
     ] = TrainingOptions.layerwise_learning_rate,
     joint_learning_rate: Annotated[
-        float, typer.Option(min=0, help="Highest of the joint steps; falls to 0.")
+        float, typer.Option(help="Highest of the joint steps; falls to 0.")
     ] = TrainingOptions.joint_learning_rate,
     batch_size: Annotated[int, typer.Option(min=1, help="Sequences a joint step.")] = TrainingOptions.batch_size,
     memory: Annotated[str, typer.Option(help="soft_centroids, or low_rank: the paper's φ and ψ.")] = TrainingOptions.memory,

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+import zoo
 from rich.console import Console
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -29,14 +30,15 @@ TEXT = "It is a truth universally acknowledged, that a single man must be in wan
 
 
 @pytest.fixture
-def model(tmp_path):
-    """Folder of a tiny model whose tokens are characters."""
+def model(tmp_path, request):
+    """Folder of a tiny model whose tokens are characters: a Llama, or what the test names."""
     vocabulary = {chr(32 + index): index for index in range(tiny.VOCAB)}
     tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="?"))
     tokenizer.pre_tokenizer = Split("", "isolated")
     folder = tmp_path / "model"
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="?").save_pretrained(folder)
-    tiny.tiny_llama().save_pretrained(folder)
+    built = zoo.build(request.param) if hasattr(request, "param") else tiny.tiny_llama()
+    built.save_pretrained(folder)
     return folder
 
 
@@ -91,11 +93,15 @@ def test_demo_without_kernels_says_so(model, text):
     assert "only the full cache and the policy" in result.output
 
 
+@pytest.mark.parametrize("model", ["llama", "gpt_oss", "falcon"], indirect=True)
 def test_train_then_evaluate(model, text, tmp_path):
     steps = ("--layerwise-steps", 1, "--joint-steps", 1, "--prompt-length", 40, "--sequences", 2, "--hidden-size", 4)
+    steps += ("--layerwise-learning-rate", 0.125, "--joint-learning-rate", 0.25)
     trained = run("train", model, "--data", text, "--output", tmp_path / "kernels", *steps)
     assert trained.exit_code == 0, trained.output
-    assert LESSKernels.from_pretrained(tmp_path / "kernels").config.training["data"] == ["text.txt"]
+    training = LESSKernels.from_pretrained(tmp_path / "kernels").config.training
+    assert training["data"] == ["text.txt"]
+    assert (training["layerwise_learning_rate"], training["joint_learning_rate"]) == (0.125, 0.25)
 
     lengths = ("--sequences", 2, "--prompt-length", 40, "--decoded", 8, "--dtype", "bfloat16")
     budgets = ("--budget", 8, "--budget", 0.3)  # 30 % of 40

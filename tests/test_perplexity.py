@@ -53,8 +53,14 @@ def test_a_report_spares_what_it_has_measured(model, text, tmp_path, monkeypatch
     calls, measured = [], perplexity.perplexity
     monkeypatch.setattr(perplexity, "perplexity", lambda *given: calls.append(given) or measured(*given))
     spared = json.loads(run(*words, "--known", tmp_path / "before.json").stdout.splitlines()[-1])
-    assert spared == anew and len(calls) == 1
+    origin = {name: anew[name] for name in ("machine", "versions", "commit")}
+    assert spared == {**anew, "known": origin} and anew["known"] is None and len(calls) == 1
 
+    kept = text.read_text()
+    text.write_text(kept[::-1])  # another text of the same name
+    other = run(*words, "--known", tmp_path / "before.json")
+    assert other.exit_code == 1 and "expected tokens_sha256" in " ".join(other.output.split())
+    text.write_text(kept)
     longer = run(*words, "--decoded", 9, "--known", tmp_path / "before.json")
     assert longer.exit_code == 1 and "expected decoded 9, as in this measurement, got 8" in " ".join(longer.output.split())
 

@@ -28,7 +28,8 @@ from less_cache.training.capture import Shard, layer_folder, shard_path
 from less_cache.training.data import hub_text, own_text
 from less_cache.training.joint import distances
 from less_cache.training.layers import TeacherLayer, roll_layers, student_cache, teacher_cache
-from less_cache.training.options import Example, draw_examples
+from less_cache.training.options import Example, draw_examples, falling
+from less_cache.training.processes import Processes
 from less_cache.training.simulate import Decode, attend, columns
 
 TINY = TrainingOptions(
@@ -212,7 +213,7 @@ def test_an_interrupted_run_ends_with_the_same_bytes(tmp_path, monkeypatch):
             train(tiny.tiny_llama(), sampler(), TINY, tmp_path / "resumed", interrupt)
     stages = []
     resumed = train(tiny.tiny_llama(), sampler(), TINY, tmp_path / "resumed", lambda stage, *_: stages.append(stage))
-    assert stages == ["layers"] * 2 + ["joint"] * 2 + ["capture"], "finished work was done again"
+    assert stages == ["layers"] * 2 + ["joint"] * 2 + ["capture"] + ["measure"] * 2, "finished work was done again"
     assert equal(whole, resumed)
 
 
@@ -341,8 +342,8 @@ def test_the_estimate_of_disk_is_what_capture_writes(tmp_path):
     low_rank = dataclasses.replace(TINY, memory="low_rank")
     assert estimate(model, low_rank).disk == tensors + 6 * kernels
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    written = estimate(model, low_rank, own_texts=2).own_text
-    assert estimate(model, low_rank).own_text == 0 and written > 2 * TINY.sequences * TINY.longest * 2 * parameters
+    written = estimate(model, low_rank, own_text=True).own_text
+    assert estimate(model, low_rank).own_text == 0 and written > TINY.sequences * TINY.longest * 2 * parameters
 
 
 def test_a_model_writes_its_own_text(tmp_path):
@@ -387,6 +388,42 @@ def test_other_options_do_not_go_on(tmp_path, change):
     train(tiny.tiny_llama(), sampler(), TINY, tmp_path / "run")
     with pytest.raises(LESSError, match="other options"):
         train(tiny.tiny_llama(), sampler(), dataclasses.replace(TINY, **change), tmp_path / "run")
+
+
+def test_the_joint_stage_begins_anew_with_another_rate(tmp_path):
+    """Finished layers are kept; the checkpoint of another rate is neither taken up nor overwritten."""
+    train(tiny.tiny_llama(), sampler(), TINY, tmp_path / "run")
+    lower = dataclasses.replace(TINY, joint_learning_rate=1e-3)
+    checkpoint = tmp_path / "run" / "work" / "joint.pt"
+    before = checkpoint.read_bytes()
+    with pytest.raises(LESSError, match=r"joint stage with other options.*remove the file"):
+        train(tiny.tiny_llama(), sampler(), lower, tmp_path / "run")
+    assert checkpoint.read_bytes() == before
+    checkpoint.unlink()
+    stages = []
+    anew = train(tiny.tiny_llama(), sampler(), lower, tmp_path / "run", lambda stage, *_: stages.append(stage))
+    assert "layer 0" not in stages, "a finished layer was trained again"
+    assert equal(anew, train(tiny.tiny_llama(), sampler(), lower, tmp_path / "whole"))
+
+
+def test_layers_of_different_rank(tmp_path):
+    options = dataclasses.replace(TINY, rank=(2, 4))
+    kernels = train(tiny.tiny_llama(), sampler(), options, tmp_path)
+    assert [kernels.for_layer(index).num_virtual_tokens for index in range(2)] == [1, 2]
+    assert kernels.config.ranks == [2, 4] and estimate(tiny.tiny_llama(), options).disk
+    with pytest.raises(LESSError, match="one for each of 2 layers, got 3 ranks"):
+        estimate(tiny.tiny_llama(), dataclasses.replace(TINY, rank=(2, 4, 2)))
+
+
+def test_more_processes_than_sequences_a_step_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(Processes, "count", 3)
+    with pytest.raises(LESSError, match=r"got 2 for 3 processes. Pass batch_size=3 \(--batch-size\)"):
+        train(tiny.tiny_llama(), sampler(), TINY, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_rate_falls_to_nothing():
+    assert [falling(8.0, done) for done in (0, 0.25, 0.5, 1)] == [8, 6, 4, 0]
 
 
 def test_other_texts_do_not_go_on(tmp_path):
@@ -516,6 +553,8 @@ COUNTS = ("prompts_per_sequence", "decoded", "batch_size", "checkpoint_every")
         ({"least_budget": 0.3}, "least_budget <= most_budget"),
         ({"most_budget": 1.5}, "most_budget < 1"),
         ({"sequences": 1}, "2 or more sequences"),
+        ({"joint_learning_rate": 0.0}, "joint_learning_rate to be a number above 0, got 0.0"),
+        ({"layerwise_learning_rate": float("nan")}, "layerwise_learning_rate to be a number above 0, got nan"),
         ({"prompts": (0, 4)}, "prompts of at least 1 token, got 0"),
         *(({name: 0}, f"{name} to be at least 1, got 0") for name in COUNTS),
     ],

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import hashlib
 import json
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from less_cache import machine, models, outputs
 from less_cache.errors import LESSError
 from less_cache.evaluation.perplexity import Measurement, measure, stretches
 from less_cache.evaluation.plot import draw
+from less_cache.families import fingerprint
 from less_cache.kernels import LESSKernels
 from less_cache.policies import policy_class
 from less_cache.version import __version__
@@ -54,9 +56,12 @@ def run(
         "decoded": decoded,
         "dtype": dtype,
     }
-    measured = [] if known is None else read(known, protocol)
+    if known is not None:
+        read(known, protocol)  # a wrong one is reported before the model is loaded
     model, tokenizer = models.load(model_name, dtype=weights_type)
     tokens = stretches(data, tokenizer, sequences, prompt_length + decoded)
+    protocol |= {"weights": fingerprint(model), "tokens_sha256": hashlib.sha256(tokens.numpy().tobytes()).hexdigest()}
+    measured, origin = ([], None) if known is None else read(known, protocol)
     batches = -(-sequences // batch_size)
     results: list[list[dict]] = []
     for policy in policies:
@@ -70,21 +75,22 @@ def run(
         results.append([dataclasses.asdict(row) for row in rows])
     sha256 = kernels.config.sha256 if kernels is not None else None
     described = machine.describe(model.device)
-    report = {**protocol, "kernels_sha256": sha256, "less_cache": __version__, **described, "results": results}
+    report = {**protocol, "kernels_sha256": sha256, "less_cache": __version__, **described, "known": origin, "results": results}
     outputs.finish(report, output, plot, lambda report: draw({", ".join(report["data"]): report}))
 
 
-def read(report: Path, protocol: dict) -> list[Measurement]:
-    """What a report of the same protocol measured."""
+def read(report: Path, protocol: dict) -> tuple[list[Measurement], dict]:
+    """What a report of the same protocol measured, and its machine, versions and commit."""
     try:
         written = json.loads(report.read_text("utf-8"))
         rows = [Measurement(**row) for rows in written["results"] for row in rows]
+        origin = {name: written[name] for name in ("machine", "versions", "commit")}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise LESSError(f"Expected --known to be a report of eval perplexity, got {report}: {error!r}") from error
     for name, value in protocol.items():
         if written.get(name) != value:
             raise LESSError(f"{report}: expected {name} {value!r}, as in this measurement, got {written.get(name)!r}.")
-    return rows
+    return rows, origin
 
 
 def table(title: str, rows: list[Measurement]) -> Table:

@@ -107,7 +107,7 @@ def with_state_bytes(policy: EvictionPolicy, kernels: LESSKernels, itemsize: int
     """The policy with as many more tokens as the low-rank state's bytes would hold, rounded up.
 
     The state takes 4 (R·d + R) bytes a KV head, R the mean of the layers', a token 2·d·itemsize. `count`: which of the
-    policy's counts grows.
+    policy's counts grows. Counts of a policy without a budget, such as CORM, are not tokens: what it keeps then is measured.
     """
     if policy.is_fractional:
         raise LESSError(f"Expected token counts, got fractions: {policy}.")

@@ -58,11 +58,11 @@ def run(
     if dry_run:
         skeleton = models.without_weights(model_name, dtype=dtype)
         check(skeleton, options)
-        console.print(cost_table(estimate(skeleton, options, data.count(OWN))))
+        console.print(cost_table(estimate(skeleton, options, OWN in data)))
         return
     model, tokenizer = models.load(model_name, dtype=dtype, device=processes.device)
     check(model, options)
-    cost = estimate(model, options, data.count(OWN))
+    cost = estimate(model, options, OWN in data)
     with progress_rows(console, disable=not processes.is_first) as progress:
         report = ProgressReport(progress, cost)
         sampler = TokenSampler([texts(source, model, tokenizer, options, output, report) for source in data])
@@ -123,7 +123,7 @@ class ProgressReport:
             self.progress.reset(self.rows[row])
         self.progress.update(self.rows[row], description=stage, completed=done, total=total, loss=shown)
         if stage in self.shares:
-            self.shares[stage] = done / total
+            self.shares[stage] = max(self.shares[stage], done / total)  # the last capture goes over some again
             whole = sum(self.weights[name] * share for name, share in self.shares.items())
             self.progress.update(self.rows["all"], completed=100 * whole)
 
@@ -145,7 +145,7 @@ def cost_table(cost: Cost) -> Table:
 
 def layer_table(log: dict) -> Table:
     """What training reached in each layer."""
-    table = Table(title="Share of the policy's error that is left, held-out sequences", box=box.SIMPLE_HEAD)
+    table = Table(title="Share of the policy's error left, other stretches of the training texts", box=box.SIMPLE_HEAD)
     for name in ("layer", "before", "after", "explained"):
         table.add_column(name, justify="right")
     for record in log["layers"]:

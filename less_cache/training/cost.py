@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedModel
 
+from less_cache.errors import LESSError
 from less_cache.families import full_attention_layers, geometry
 from less_cache.kernels import MEMORIES
 from less_cache.training import capture, joint
@@ -35,15 +36,17 @@ class Cost:
     memory: int
 
 
-def estimate(model: PreTrainedModel, options: TrainingOptions, own_texts: int = 0) -> Cost:
+def estimate(model: PreTrainedModel, options: TrainingOptions, own_text: bool = False) -> Cost:
     """The cost of training kernels for `model`, which may lie on `meta`, over the very sequences that a run would draw.
 
-    `own_texts`: how many sets of `options.sequences` texts the model writes first.
+    `own_text`: whether the model writes `options.sequences` texts first.
     """
     sizes = geometry(model.config)
     h, g, d = sizes.num_attention_heads, sizes.num_key_value_heads, sizes.head_dim
     layers = len(full_attention_layers(model.config))
     ranks = [options.rank] * layers if isinstance(options.rank, int) else options.rank
+    if len(ranks) != layers:
+        raise LESSError(f"TrainingOptions: expected one rank, or one for each of {layers} layers, got {len(ranks)} ranks.")
     n, m, r = options.decoded, options.hidden_size, sum(ranks) / layers
     parameters = sum(parameter.numel() for parameter in model.parameters())
     itemsize = next(model.parameters()).element_size()
@@ -78,7 +81,7 @@ def estimate(model: PreTrainedModel, options: TrainingOptions, own_texts: int = 
     drawn = [draw_examples(options, joint.STAGE, index) for index in range(options.joint_steps * options.batch_size)]
     hidden = text_config.hidden_size * (sizes.num_hidden_layers + 1)  # numbers a token that layers hand on
     activations = options.longest * (sizes.num_hidden_layers * d * (h + 2 * g) + hidden) if options.joint_steps else 0
-    written = own_texts * options.sequences * (2 * parameters * options.longest + 2 * layers * h * d * options.longest**2)
+    written = own_text * options.sequences * (2 * parameters * options.longest + 2 * layers * h * d * options.longest**2)
     return Cost(
         own_text=written,
         capture=sum(map(dense, examples)),

@@ -69,9 +69,9 @@ class JointStage:
         loss = total[-1].item() / options.batch_size
         if not torch.isfinite(total).all():
             raise LESSError(
-                f"Joint step {self.step}: the loss is {loss}, and it or a gradient is not finite. The last checkpoint and the "
-                "finished layers are kept; choose another output folder and a lower joint_learning_rate "
-                "(--joint-learning-rate)."
+                f"Joint step {self.step}: the loss is {loss}, and it or a gradient is not finite. The finished layers and "
+                "the last checkpoint are kept in work/. Lower joint_learning_rate (--joint-learning-rate), for which joint.pt, "
+                "where there is one, must be removed."
             )
         gradients = (total[:-1] / options.batch_size).split(self.sizes)
         for parameter, gradient in zip(self.parameters, gradients, strict=True):

@@ -19,8 +19,8 @@ class TrainingOptions:
         prompts: Prompt lengths; one named twice is drawn twice as often.
         prompts_per_sequence: How many of them are drawn for the sequences of a step, which are as long as the longest needs.
         decoded: Tokens decoded after each prompt.
-        sequences: Sequences captured for the first stage; one in eight is held out to measure what each layer has reached,
-            with the first stage or without.
+        sequences: Sequences captured for the first stage; one in eight is left out there, and measures what each layer has
+            reached, with the first stage or without. All stages draw stretches of the same texts.
         layerwise_steps: Steps a layer of the first stage, a sequence each: each layer matches its own dense output.
         joint_steps: Steps of the second stage: all layers run under LESS, the model's output distribution is matched, and what
             each layer hands on.
@@ -62,6 +62,9 @@ class TrainingOptions:
                 raise LESSError(f"TrainingOptions: expected {name} to be at least 1, got {getattr(self, name)}.")
         if min(self.prompts) < 1:
             raise LESSError(f"TrainingOptions: expected prompts of at least 1 token, got {min(self.prompts)}.")
+        for name in ("layerwise_learning_rate", "joint_learning_rate"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise LESSError(f"TrainingOptions: expected {name} to be a number above 0, got {getattr(self, name)}.")
         if not 0 < self.least_budget <= self.most_budget < 1:
             raise LESSError(
                 "TrainingOptions: expected 0 < least_budget <= most_budget < 1, "

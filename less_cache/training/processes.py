@@ -26,9 +26,13 @@ class Processes:
     def is_first(self) -> bool:
         return self.state.is_main_process
 
+    @property
+    def count(self) -> int:
+        return self.state.num_processes
+
     def share(self, work: Sequence[T]) -> list[T]:
         """This process's part: every k-th item."""
-        return list(work[self.state.process_index :: self.state.num_processes])
+        return list(work[self.state.process_index :: self.count])
 
     def wait(self) -> None:
         """Until all processes have come here."""
@@ -36,7 +40,7 @@ class Processes:
 
     def sum_in_order(self, mine: Sequence[torch.Tensor], count: int, size: int) -> torch.Tensor:
         """Sum of the `count` vectors `[size]` that all processes made of their shares, always in the order of the work."""
-        processes = self.state.num_processes
+        processes = self.count
         each = -(-count // processes)
         stacked = torch.zeros(each, size, device=self.device)
         for row, vector in enumerate(mine):

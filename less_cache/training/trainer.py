@@ -39,13 +39,14 @@ from less_cache.training.processes import Processes
 
 WORK_NAME = "work"
 FORMAT = 3  # of what `work/` holds, and of what the stages do with it
+OF_JOINT = ("joint_steps", "joint_learning_rate")  # options that the first stage does not depend on
 LOG_NAME = "training_log.json"
 
 
 class Report(Protocol):
     """Called as a run goes on: of a stage's `total` steps `done` are done.
 
-    Stages: `own text`, `capture`, `layer 7` (one layer's steps), `layers` (finished ones), `joint`.
+    Stages: `own text`, `capture`, `layer 7` (one layer's steps), `layers` (finished ones), `joint`, `measure` (layers).
     """
 
     def __call__(self, stage: str, done: int, total: int, loss: float | None = None) -> None: ...
@@ -113,6 +114,11 @@ class _Run:
     ):
         self.model, self.sampler, self.options, self.output = model, sampler, options, output
         self.processes = Processes(model.device)
+        if options.joint_steps and self.processes.count > options.batch_size:
+            raise LESSError(
+                f"Expected at least as many sequences a joint step as processes, got {options.batch_size} for "
+                f"{self.processes.count} processes. Pass batch_size={self.processes.count} (--batch-size) or start fewer."
+            )
         self.report = report if self.processes.is_first else silent
         self.work = output / WORK_NAME
         config = LESSConfig(
@@ -137,7 +143,10 @@ class _Run:
         kernels = self.kernels.requires_grad_(False)
         kernels.zero_grad()
         if self.processes.is_first:
-            records = [self.measure(layer_idx, each) for layer_idx, each in layer_losses.items()]
+            records = []
+            for done, (layer_idx, each) in enumerate(layer_losses.items(), start=1):
+                records.append(self.measure(layer_idx, each))
+                self.report("measure", done, len(layer_losses))
             log = {
                 "options": dataclasses.asdict(self.options),
                 "layers": [dataclasses.asdict(record) for record in records],
@@ -154,7 +163,7 @@ class _Run:
         run = json.dumps(
             {
                 "format": FORMAT,
-                **config.training,
+                **{name: value for name, value in config.training.items() if name not in OF_JOINT},
                 "model": config.base_model_fingerprint,
                 "texts": self.sampler.digest(),
             }
@@ -232,15 +241,22 @@ class _Run:
         path = self.work / "joint.pt"
         self.kernels.to(device=self.model.device)
         stage = JointStage(self.model, self.kernels, self.sampler, self.options, self.processes)
+        options = {name: getattr(self.options, name) for name in OF_JOINT}
         if path.exists():
-            stage.load_state_dict(torch.load(path, map_location=self.model.device, weights_only=True))
+            checkpoint = torch.load(path, map_location=self.model.device, weights_only=True)
+            if (found := checkpoint.pop("options")) != options:
+                raise LESSError(
+                    f"{path} is of a joint stage with other options: expected {options}, got {found}. Repeat the options to go "
+                    "on, or remove the file to begin that stage anew."
+                )
+            stage.load_state_dict(checkpoint)
         while stage.step < self.options.joint_steps:
             loss = stage.advance()
             self.report("joint", stage.step, self.options.joint_steps, loss)
             if self.processes.is_first and (
                 stage.step % self.options.checkpoint_every == 0 or stage.step == self.options.joint_steps
             ):
-                checkpoint = io.BytesIO()
-                torch.save(stage.state_dict(), checkpoint)
-                write_whole(path, checkpoint.getvalue())
+                content = io.BytesIO()
+                torch.save({"options": options, **stage.state_dict()}, content)
+                write_whole(path, content.getvalue())
         return stage.losses
