@@ -8,6 +8,7 @@ stretches, for every policy at 5 % of the tokens. The first sets differ in the p
 gives the transfer matrix; the others differ from `mixed` in one thing. One JSON line last.
 """
 
+import contextlib
 import dataclasses
 import json
 import tempfile
@@ -24,7 +25,7 @@ from less_cache.evaluation.perplexity import stretches
 from less_cache.hub import CONFIG_NAME
 from less_cache.machine import describe
 from less_cache.soft_centroids import LayerSoftCentroids
-from less_cache.training import TokenSampler, TrainingOptions, train
+from less_cache.training import TokenSampler, TrainingOptions, joint, train
 from less_cache.training.data import tokenize
 from less_cache.training.layers import StudentLayer, TeacherLayer, roll_layers, student_cache, teacher_cache
 from less_cache.training.options import Example
@@ -47,6 +48,8 @@ SETS: dict[str, dict] = {
     "sink_recent": {"policies": ("sink_recent",)},
     "corm": {"policies": ("corm",)},
     "no fading": {},
+    "later layers in the loss": {},
+    "earlier layers in the loss": {},
     "rank 16": {"rank": 16},
     "rank by layer": {"rank": ranks_by_error()},
     "hidden 128": {"hidden_size": 128},
@@ -56,24 +59,41 @@ SETS: dict[str, dict] = {
 USED = {"h2o": H2O(16, 16), "sink_recent": SinkRecent(4, 28), "corm": CORM(window=16, recent=16)}
 
 
+def reset_without_fading(memory, generator=None, reset=LayerSoftCentroids.reset_parameters) -> None:
+    """Rates of 0 stay 0: their gradient is."""
+    reset(memory, generator)
+    torch.nn.init.zeros_(memory.fading)
+
+
+def later(hidden_states, dense, distances=joint.distances) -> torch.Tensor:
+    """What the later half of the layers hand on."""
+    return distances(hidden_states, dense)[(len(dense) - 1) // 2 :]
+
+
+def earlier(hidden_states, dense, distances=joint.distances) -> torch.Tensor:
+    """What the earlier half of the layers hand on."""
+    return distances(hidden_states, dense)[: (len(dense) - 1) // 2]
+
+
+# What these sets differ in is no option.
+PATCHES = {
+    "no fading": patch.object(LayerSoftCentroids, "reset_parameters", reset_without_fading),
+    "later layers in the loss": patch.object(joint, "distances", later),
+    "earlier layers in the loss": patch.object(joint, "distances", earlier),
+}
+
+
 def trained(name: str, model, sampler: TokenSampler, folder: Path, steps: int, dtype: str) -> LESSKernels:
     """The set of this name; read where FOLDER has it."""
     options = dataclasses.replace(COMMON, joint_steps=steps, **SETS[name])
     described = {"choice": name, "texts": sampler.digest(), "dtype": dtype}
     if not (folder / CONFIG_NAME).exists():
-        start = reset_without_fading if name == "no fading" else LayerSoftCentroids.reset_parameters
-        with tempfile.TemporaryDirectory() as work, patch.object(LayerSoftCentroids, "reset_parameters", start):
+        with tempfile.TemporaryDirectory() as work, PATCHES.get(name, contextlib.nullcontext()):
             train(model, sampler, options, Path(work), described=described).save_pretrained(folder)
     kernels = LESSKernels.from_pretrained(folder)
     if kernels.config.training != json.loads(json.dumps({**dataclasses.asdict(options), **described})):
         raise typer.BadParameter(f"{folder} was trained in another way: {kernels.config.training}. Choose another FOLDER.")
     return kernels
-
-
-def reset_without_fading(memory, generator=None, reset=LayerSoftCentroids.reset_parameters) -> None:
-    """Rates of 0 stay 0: their gradient is."""
-    reset(memory, generator)
-    torch.nn.init.zeros_(memory.fading)
 
 
 @torch.no_grad()
