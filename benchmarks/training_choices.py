@@ -25,8 +25,7 @@ from less_cache.evaluation.perplexity import stretches
 from less_cache.hub import CONFIG_NAME
 from less_cache.machine import describe
 from less_cache.soft_centroids import LayerSoftCentroids
-from less_cache.training import TokenSampler, TrainingOptions, joint, train
-from less_cache.training.data import tokenize
+from less_cache.training import TokenSampler, TrainingOptions, joint, tokenize, train
 from less_cache.training.layers import StudentLayer, TeacherLayer, roll_layers, student_cache, teacher_cache
 from less_cache.training.options import Example
 

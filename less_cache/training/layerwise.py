@@ -139,7 +139,7 @@ def train_layer(
         if not torch.isfinite(loss + norm):
             raise LESSError(
                 f"Layer {layer_idx}, step {step}: the loss is {loss.item()}, and it or a gradient is not finite. Finished "
-                "layers are kept; choose another output folder and a lower layerwise_learning_rate (--layerwise-learning-rate)."
+                "layers are kept; a lower layerwise_learning_rate (--layerwise-learning-rate) needs another output folder."
             )
         optimizer.step()
         losses.append(loss.item())
