@@ -143,7 +143,7 @@ def test_slow_training_shows_the_time_left():
     seconds = itertools.count(step=40)
     rows = command.progress_rows(Console(file=io.StringIO()))
     rows.get_time = lambda: next(seconds)
-    report = command.ProgressReport(rows, Cost(own_text=0, capture=1, layerwise=0, joint=9999, disk=0, memory=0))
+    report = command.ProgressReport(rows, Cost(own_text=0, capture=1, layerwise=0, joint=9999, disk=0, memory=0, backward=0))
     for done in range(1, 5):
         report("joint", done, 600, 1.0)
     left = [task.time_remaining for task in rows.tasks]

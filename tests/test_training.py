@@ -346,6 +346,27 @@ def test_the_estimate_of_disk_is_what_capture_writes(tmp_path):
     assert estimate(model, low_rank).own_text == 0 and written > TINY.sequences * TINY.longest * 2 * parameters
 
 
+@pytest.mark.parametrize("memory", MEMORIES)
+@pytest.mark.parametrize("prompt_length", [40, 200])
+def test_the_estimate_of_memory_counts_what_the_backward_pass_keeps(memory, prompt_length, tmp_path):
+    """Storages that autograd holds in a joint step, the model's weights apart; the estimate counts passing copies as well."""
+    model = tiny.tiny_llama(num_hidden_layers=3)
+    options = TrainingOptions(
+        policies=("h2o",), prompts=(prompt_length,), decoded=64, joint_steps=1, batch_size=1, hidden_size=16, memory=memory
+    )
+    held = {}
+
+    def hold(tensor):
+        held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(hold, lambda tensor: tensor):
+        train(model, sampler(), options, tmp_path)
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    measured = sum(nbytes for storage, nbytes in held.items() if storage not in weights)
+    assert 0.5 < measured / estimate(model, options).backward < 1
+
+
 def test_a_model_writes_its_own_text(tmp_path):
     model = tiny.tiny_llama()
     texts = own_text(model, 3, 20, 0, tmp_path)

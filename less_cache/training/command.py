@@ -139,7 +139,7 @@ def cost_table(cost: Cost) -> Table:
         table.add_row(stage, f"{flops / 1e12:,.1f} TFLOP")
     table.add_row("all", f"{sum(stages.values()) / 1e12:,.1f} TFLOP", style="bold")
     table.add_row("disk, at most", f"{cost.disk / 2**30:,.2f} GiB")
-    table.add_row("memory for weights, kernels and the dense pass", f"{cost.memory / 2**30:,.2f} GiB")
+    table.add_row("memory of a process, about", f"{cost.memory / 2**30:,.2f} GiB")
     return table
 
 

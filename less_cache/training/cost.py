@@ -8,6 +8,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
+import torch
 from transformers import PreTrainedModel
 
 from less_cache.errors import LESSError
@@ -25,7 +26,8 @@ class Cost:
         own_text: Floating-point operations of the texts that the model writes itself, matrix products alone.
         capture, layerwise, joint: The same of each part of the training.
         disk: Most bytes in the output folder.
-        memory: Bytes of weights, kernels and the dense pass's activations, of one process; the backward pass needs more.
+        memory: Bytes of a process: weights, kernels, the dense pass's activations, and `backward`.
+        backward: Bytes of it that are held for the backward pass of a joint step, roughly.
     """
 
     own_text: float
@@ -34,6 +36,18 @@ class Cost:
     joint: float
     disk: int
     memory: int
+    backward: int
+
+
+FLOAT32_LOGITS = 5  # copies that the divergence makes of a block's logits
+
+
+def columns(example: Example, decoded: int) -> int:
+    """Most columns that a query after the example's prompt attends to: kept tokens and those of the block."""
+    counts = example.policy.resolve(torch.tensor([example.prompt_length], device="cpu"))  # [1, f]
+    capacity = example.policy.capacity(counts.T)
+    kept = example.prompt_length if capacity is None else min(example.prompt_length, int(capacity.max()))
+    return kept + decoded
 
 
 def estimate(model: PreTrainedModel, options: TrainingOptions, own_text: bool = False) -> Cost:
@@ -43,6 +57,10 @@ def estimate(model: PreTrainedModel, options: TrainingOptions, own_text: bool = 
     """
     sizes = geometry(model.config)
     h, g, d = sizes.num_attention_heads, sizes.num_key_value_heads, sizes.head_dim
+    text_config = model.config.get_text_config(decoder=True)
+    feed_forward = getattr(text_config, "intermediate_size", None)
+    if not isinstance(feed_forward, int):  # none, or one a layer
+        feed_forward = 4 * text_config.hidden_size
     layers = len(full_attention_layers(model.config))
     ranks = [options.rank] * layers if isinstance(options.rank, int) else options.rank
     if len(ranks) != layers:
@@ -61,8 +79,7 @@ def estimate(model: PreTrainedModel, options: TrainingOptions, own_text: bool = 
         """One layer's attention under LESS over all decoded tokens: forward and backward."""
         total = 0.0
         for example in examples:
-            p = example.prompt_length
-            c = options.most_budget * (p + n) + n
+            p, c = example.prompt_length, columns(example, n)
             total += 2 * (h * n + g * (p + n)) * (d * m + m * r) + 4 * h * n * c * d + 2 * g * n * c * r * (d + 1)
         return 3 * total
 
@@ -71,7 +88,17 @@ def estimate(model: PreTrainedModel, options: TrainingOptions, own_text: bool = 
         scores = sum(4 * g * example.prompt_length for example in examples)
         return itemsize * d * (2 * g * t + 2 * h * n * len(examples)) + scores
 
-    text_config = model.config.get_text_config(decoder=True)
+    def kept_for_backward(example: Example) -> float:
+        """Of a block of decoded tokens: what the memory, attention and the rest of each layer compute, and the logits."""
+        p, c = example.prompt_length, columns(example, n)
+        t, width = p + n, 2 * d  # numbers that a centroid has means of
+        networks = (g * t + h * n) * (d + 2 * m + 3 * r)
+        state = g * (t * width + c * (r + 1) * width + 3 * n * r * width + n * c)
+        less = 4 * (networks + state + 2 * h * n * (c + r))
+        rest = n * (16 * text_config.hidden_size + itemsize * 3 * (feed_forward + (h + 2 * g) * d))
+        logits = n * text_config.vocab_size * (4 * FLOAT32_LOGITS + 2 * itemsize)
+        return layers * (less + rest) + logits
+
     projections = layers * text_config.hidden_size * h * d * itemsize
     captured = range(options.sequences) if options.layerwise_steps else options.held_out
     examples = [draw_examples(options, capture.STAGE, index) for index in captured]
@@ -82,11 +109,13 @@ def estimate(model: PreTrainedModel, options: TrainingOptions, own_text: bool = 
     hidden = text_config.hidden_size * (sizes.num_hidden_layers + 1)  # numbers a token that layers hand on
     activations = options.longest * (sizes.num_hidden_layers * d * (h + 2 * g) + hidden) if options.joint_steps else 0
     written = own_text * options.sequences * (2 * parameters * options.longest + 2 * layers * h * d * options.longest**2)
+    backward = int(max((kept_for_backward(example) for each in drawn for example in each), default=0))
     return Cost(
         own_text=written,
         capture=sum(map(dense, examples)),
         layerwise=layers * options.layerwise_steps * mean,
         joint=sum(dense(each) + layers * less(each) + 6 * parameters * n * len(each) for each in drawn),
         disk=layers * sum(map(shard, examples)) + projections + 6 * kernel_bytes,
-        memory=parameters * itemsize + (4 + 2 * options.batch_size) * kernel_bytes + activations * itemsize,
+        memory=parameters * itemsize + (4 + 2 * options.batch_size) * kernel_bytes + activations * itemsize + backward,
+        backward=backward,
     )
