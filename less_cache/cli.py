@@ -115,9 +115,6 @@ def train(
     joint_steps: Annotated[
         int, typer.Option(min=0, help="Steps on the model's output, all layers under LESS.")
     ] = TrainingOptions.joint_steps,
-    uses: Annotated[
-        int, typer.Option(min=1, help="Joint steps that each sequence is used in: more need more disk, and less time a step.")
-    ] = TrainingOptions.uses,
     layerwise_learning_rate: Annotated[
         float, typer.Option(help="Highest of these steps; falls to 0.")
     ] = TrainingOptions.layerwise_learning_rate,
@@ -153,7 +150,6 @@ def train(
         sequences=sequences,
         layerwise_steps=layerwise_steps,
         joint_steps=joint_steps,
-        uses=uses,
         layerwise_learning_rate=layerwise_learning_rate,
         joint_learning_rate=joint_learning_rate,
         batch_size=batch_size,

@@ -1,7 +1,6 @@
 """Training: the simulation equals the cache it stands for, runs survive anything, the model is left alone."""
 
 import dataclasses
-import itertools
 import json
 import os
 import signal
@@ -27,10 +26,9 @@ from less_cache.training import TokenSampler, TrainingOptions, estimate, train
 from less_cache.training import joint as joint_module
 from less_cache.training.capture import Shard, layer_folder, shard_path
 from less_cache.training.data import hub_text, own_text
-from less_cache.training.joint import JointStage, distances
+from less_cache.training.joint import distances
 from less_cache.training.layers import TeacherLayer, roll_layers, student_cache, teacher_cache
-from less_cache.training.lesson import Lesson
-from less_cache.training.options import Example, draw_examples, falling, joint_batches
+from less_cache.training.options import Example, draw_examples, falling
 from less_cache.training.processes import Processes
 from less_cache.training.simulate import Decode, attend, columns
 
@@ -41,8 +39,6 @@ TINY = TrainingOptions(
     sequences=3,
     layerwise_steps=3,
     joint_steps=3,
-    uses=2,
-    apart=1,
     batch_size=2,
     hidden_size=4,
     checkpoint_every=1,
@@ -184,25 +180,6 @@ def test_the_second_stage_sees_what_the_cache_computes(name):
         model(tokens[:, :p], past_key_values=cache)
         stepped = [model(tokens[:, i : i + 1], past_key_values=cache).logits for i in range(p, p + n)]
     torch.testing.assert_close(simulated, torch.cat(stepped, dim=1), rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("name", (*ARCHITECTURES, "gemma2"))
-def test_a_lesson_is_read_back_as_it_was_made(name, tmp_path):
-    """The student's loss and gradients after a lesson in memory and after the same one from disk."""
-    model = zoo.build(name).requires_grad_(False)
-    kernels = tiny.tiny_kernels(model)
-    stage = JointStage(model, kernels, sampler(), TINY, Processes(model.device), tmp_path)
-    tokens, examples = torch.arange(TINY.longest)[None] * 5 % 97, [Example(6, H2O(2, 2)), Example(10, CORM(3, 2))]
-    hook.install()
-    lesson = stage._teach(tokens, examples)
-    lesson.save(tmp_path / "lesson.safetensors")
-    again = Lesson.load(tmp_path / "lesson.safetensors", model.config, kernels.config.layers, model.device)
-    found = []
-    for each in (lesson, again):
-        kernels.zero_grad()
-        loss = torch.tensor(stage._backward(tokens, examples, each))
-        found.append([loss, *(parameter.grad for parameter in stage.parameters)])
-    torch.testing.assert_close(*found)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -363,44 +340,10 @@ def test_the_estimate_of_disk_is_what_capture_writes(tmp_path):
         tensors += model.model.layers[layer_idx].self_attn.o_proj.weight.nbytes
     kernels = 4 * 2 * (4 * (8 * 4 + 4 * 8) + 2 * (8 * 4 + 4 * 8 + 8 * 8 + 2 * 8))
     low_rank = dataclasses.replace(TINY, memory="low_rank")
-    assert estimate(model, dataclasses.replace(low_rank, joint_steps=0)).disk == tensors + 6 * kernels
+    assert estimate(model, low_rank).disk == tensors + 6 * kernels
     parameters = sum(parameter.numel() for parameter in model.parameters())
     written = estimate(model, low_rank, own_text=True).own_text
     assert estimate(model, low_rank).own_text == 0 and written > TINY.sequences * TINY.longest * 2 * parameters
-
-
-@pytest.mark.parametrize(("uses", "apart"), [(1, 5), (2, 1), (4, 16), (3, 100)])
-def test_a_batch_comes_again_after_others(uses, apart):
-    options = TrainingOptions(joint_steps=200, uses=uses, apart=apart)
-    batches = joint_batches(options)
-    new = [batch for step, batch in enumerate(batches) if batch not in batches[:step]]
-    assert len(batches) == 200 and new == list(range(len(new)))
-    for batch in new:
-        steps = [step for step, each in enumerate(batches) if each == batch]
-        assert len(steps) <= uses
-        for earlier, later in itertools.pairwise(steps):
-            between = {each for each in batches[earlier + 1 : later] if each not in batches[:earlier]}
-            assert len(between) == apart
-
-
-def test_lessons_are_there_while_they_are_used(tmp_path):
-    """One dense forward a sequence, no file longer than needed, and no more of them than the estimate of disk counts."""
-    options = dataclasses.replace(TINY, layerwise_steps=0, joint_steps=8, policies=("corm",))  # whose lessons are the largest
-    model, batches, found = tiny.tiny_llama(), joint_batches(options), []
-
-    def look(stage, done, total, loss=None):
-        if stage == "joint":
-            found.append(sorted((tmp_path / "work" / "lessons").iterdir()))
-            later = {batch for batch in batches[done:] if batch in batches[:done]}
-            names = [f"sequence_{2 * batch + row:05d}.safetensors" for batch in sorted(later) for row in range(2)]
-            assert [path.name for path in found[-1]] == names
-            sizes.append(sum(path.stat().st_size for path in found[-1]))
-
-    sizes: list[int] = []
-    with mock.patch.object(JointStage, "_teach", autospec=True, side_effect=JointStage._teach) as teach:
-        train(model, sampler(), options, tmp_path, look)
-    assert teach.call_count == 2 * len(set(batches)) < 2 * options.joint_steps
-    assert max(sizes) < estimate(model, options).disk
 
 
 @pytest.mark.parametrize("memory", MEMORIES)
@@ -592,26 +535,18 @@ def test_a_gradient_that_is_not_finite_is_never_stored(tmp_path, monkeypatch, op
     monkeypatch.setattr(class_, "key_features", lambda self, keys: Spoiled.apply(features(self, keys)))
     with pytest.raises(LESSError, match=said):
         train(tiny.tiny_llama(), sampler(), options or dataclasses.replace(TINY, layerwise_steps=0), tmp_path)
-    assert {path.name for path in (tmp_path / "work").iterdir()} <= {"run.json", "capture", "lessons"}
+    assert {path.name for path in (tmp_path / "work").iterdir()} <= {"run.json", "capture"}
 
 
-@pytest.mark.parametrize(
-    ("name", "layers", "before"),
-    [
-        ("sequence_0002.safetensors", 0, 1),
-        ("layer_01.safetensors", 1, 0),
-        ("sequence_00002.safetensors", 2, 0),
-        ("joint.pt", 2, 1),
-    ],
-)
-def test_a_full_disk_keeps_the_finished_layers(name, layers, before, tmp_path, monkeypatch):
-    """Full after so many files of this name: a shard, a layer, a lesson, a checkpoint."""
+@pytest.mark.parametrize(("name", "layers"), [("sequence_0002.safetensors", 0), ("layer_01.safetensors", 1), ("joint.pt", 2)])
+def test_a_full_disk_keeps_the_finished_layers(name, layers, tmp_path, monkeypatch):
+    """Full from the second file of this name on: a shard, a layer (there is one of it), a checkpoint."""
     real_replace, written = os.replace, []
 
     def replace(source, target):
         if Path(target).name == name:
             written.append(target)
-        if len(written) > before:
+        if len(written) > (name != "layer_01.safetensors"):
             raise OSError(28, "No space left on device")
         real_replace(source, target)
 
@@ -628,7 +563,7 @@ def test_a_full_disk_keeps_the_finished_layers(name, layers, before, tmp_path, m
     )
 
 
-COUNTS = ("prompts_per_sequence", "decoded", "uses", "apart", "batch_size", "checkpoint_every")
+COUNTS = ("prompts_per_sequence", "decoded", "batch_size", "checkpoint_every")
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from less_cache.errors import LESSError
 from less_cache.families import full_attention_layers, geometry
 from less_cache.kernels import MEMORIES
 from less_cache.training import capture, joint
-from less_cache.training.options import Example, TrainingOptions, draw_examples, joint_batches
+from less_cache.training.options import APART, Example, TrainingOptions, draw_examples, joint_batches
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +119,7 @@ def estimate(model: PreTrainedModel, options: TrainingOptions, own_text: bool = 
     batches = joint_batches(options)
     drawn = [draw_examples(options, joint.STAGE, index) for index in range(len(set(batches)) * options.batch_size)]
     uses = [batches.count(index // options.batch_size) for index in range(len(drawn))]
-    lessons = min(len(drawn), ((options.uses - 1) * options.apart + 1) * options.batch_size)  # at once
+    lessons = min(len(drawn), ((options.uses - 1) * APART + 1) * options.batch_size)  # at once
     hidden = text_config.hidden_size * (sizes.num_hidden_layers + 1)  # numbers a token that layers hand on
     activations = options.longest * (sizes.num_hidden_layers * d * (h + 2 * g) + hidden) if options.joint_steps else 0
     written = own_text * options.sequences * (2 * parameters * options.longest + 2 * layers * h * d * options.longest**2)

@@ -51,8 +51,7 @@ class Lesson:
 
     def save(self, path: Path) -> None:
         """One safetensors file, in one atomic step."""
-        tensors: dict[str, torch.Tensor] = {}
-        metadata = {"tasks": str(len(self.tasks))}
+        tensors, metadata = {}, {"tasks": str(len(self.tasks))}
         layer: Any  # a TeacherLayer or a DenseLayer
         for index, layer in enumerate(self.dense.layers):
             tensors |= {f"layer {index} keys": layer.keys, f"layer {index} values": layer.values}
