@@ -18,7 +18,7 @@ from less_cache.hub import files
 from less_cache.training import plot
 from less_cache.training.cost import Cost, estimate
 from less_cache.training.data import OWN, TokenSampler, hub_text, own_text, text_files, tokenize
-from less_cache.training.options import TrainingOptions, joint_batches
+from less_cache.training.options import TrainingOptions
 from less_cache.training.processes import Processes
 from less_cache.training.trainer import LOG_NAME, WORK_NAME, check, train
 
@@ -91,11 +91,11 @@ def texts(
     source: str, model: Any, tokenizer: Any, options: TrainingOptions, output: Path, report: Callable
 ) -> list[torch.Tensor]:
     """The texts of one entry of `--data`, tokenized."""
+    sequences = options.sequences + options.joint_steps * options.batch_size
     if source == OWN:
         return own_text(model, options.sequences, options.longest, options.seed, output / WORK_NAME / "own", report)
     if is_path(source):
         return [tokenize(path.read_text("utf-8", "replace"), tokenizer) for path in text_files(Path(source))]
-    sequences = options.sequences + len(set(joint_batches(options))) * options.batch_size
     return [hub_text(source, tokenizer, sequences * options.longest)]
 
 

@@ -15,7 +15,7 @@ from less_cache.errors import LESSError
 from less_cache.families import full_attention_layers, geometry
 from less_cache.kernels import MEMORIES
 from less_cache.training import capture, joint
-from less_cache.training.options import APART, Example, TrainingOptions, draw_examples, joint_batches
+from less_cache.training.options import Example, TrainingOptions, draw_examples
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,27 +99,13 @@ def estimate(model: PreTrainedModel, options: TrainingOptions, own_text: bool = 
         logits = n * text_config.vocab_size * (4 * FLOAT32_LOGITS + 2 * itemsize)
         return layers * (less + rest) + logits
 
-    def lesson(examples: Sequence[Example]) -> int:
-        """What the dense forward over one sequence leaves on disk."""
-        t = examples[-1].prompt_length + n
-        numbers = sizes.num_hidden_layers * 2 * g * t * d
-        for_decoding = 0
-        for example in examples:
-            p, c = example.prompt_length, columns(example, n)
-            numbers += n * (text_config.vocab_size + (sizes.num_hidden_layers + 1) * text_config.hidden_size)
-            for_decoding += layers * g * (p + 8 * (c - n) + 2 * n * c)
-        return itemsize * numbers + for_decoding
-
     projections = layers * text_config.hidden_size * h * d * itemsize
     captured = range(options.sequences) if options.layerwise_steps else options.held_out
     examples = [draw_examples(options, capture.STAGE, index) for index in captured]
     shapes = [MEMORIES[options.memory].shapes(h, g, d, m, rank) for rank in ranks]
     kernel_bytes = 4 * sum(math.prod(shape) for layer in shapes for shape in layer.values())
     mean = sum(map(less, examples)) / len(examples)
-    batches = joint_batches(options)
-    drawn = [draw_examples(options, joint.STAGE, index) for index in range(len(set(batches)) * options.batch_size)]
-    uses = [batches.count(index // options.batch_size) for index in range(len(drawn))]
-    lessons = min(len(drawn), ((options.uses - 1) * APART + 1) * options.batch_size)  # at once
+    drawn = [draw_examples(options, joint.STAGE, index) for index in range(options.joint_steps * options.batch_size)]
     hidden = text_config.hidden_size * (sizes.num_hidden_layers + 1)  # numbers a token that layers hand on
     activations = options.longest * (sizes.num_hidden_layers * d * (h + 2 * g) + hidden) if options.joint_steps else 0
     written = own_text * options.sequences * (2 * parameters * options.longest + 2 * layers * h * d * options.longest**2)
@@ -128,11 +114,8 @@ def estimate(model: PreTrainedModel, options: TrainingOptions, own_text: bool = 
         own_text=written,
         capture=sum(map(dense, examples)),
         layerwise=layers * options.layerwise_steps * mean,
-        joint=sum(
-            dense(each) + used * (layers * less(each) + 6 * parameters * n * len(each))
-            for each, used in zip(drawn, uses, strict=True)
-        ),
-        disk=layers * sum(map(shard, examples)) + projections + 6 * kernel_bytes + lessons * max(map(lesson, drawn), default=0),
+        joint=sum(dense(each) + layers * less(each) + 6 * parameters * n * len(each) for each in drawn),
+        disk=layers * sum(map(shard, examples)) + projections + 6 * kernel_bytes,
         memory=parameters * itemsize + (4 + 2 * options.batch_size) * kernel_bytes + activations * itemsize + backward,
         backward=backward,
     )

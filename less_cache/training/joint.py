@@ -8,7 +8,6 @@ Logarithms, so that what counts is the share of the divergence that goes: small 
 drown the others. The output alone tells a layer little about its own part of the error; the second term does.
 
 Each sequence of a step is a unit of its own: one dense forward for all its prompts, then a block of decoded tokens a prompt.
-The dense forward takes most of the time, so it is kept on disk (see `lesson.py`) and its sequence comes again in later steps.
 Processes share the units out and the units' gradients are added in one order, so that any number of processes ends with the
 same bytes.
 
@@ -16,7 +15,6 @@ Axes: `b` sequences, `n` decoded tokens.
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,10 +24,9 @@ from transformers import Cache, PreTrainedModel
 from less_cache.errors import LESSError
 from less_cache.kernels import LESSKernels
 from less_cache.training.data import TokenSampler
-from less_cache.training.layers import student_cache, teacher_cache
-from less_cache.training.lesson import Lesson
+from less_cache.training.layers import TeacherLayer, roll_layers, student_cache, teacher_cache
 from less_cache.training.muon import Muon
-from less_cache.training.options import Example, TrainingOptions, draw_examples, falling, joint_batches
+from less_cache.training.options import Example, TrainingOptions, draw_examples, falling
 from less_cache.training.processes import Processes
 
 STAGE = "joint"
@@ -48,12 +45,8 @@ class JointStage:
         sampler: TokenSampler,
         options: TrainingOptions,
         processes: Processes,
-        folder: Path,
     ):
-        """`folder`: for the lessons."""
         self.model, self.kernels, self.sampler, self.options, self.processes = model, kernels, sampler, options, processes
-        self.folder = folder
-        self.batches = joint_batches(options)
         kernels.requires_grad_(True)
         self.parameters = list(kernels.parameters())
         self.sizes = [parameter.numel() for parameter in self.parameters]
@@ -69,8 +62,8 @@ class JointStage:
 
     def advance(self) -> float:
         """One step. Returns its divergence, mean over the sequences."""
-        options, batch = self.options, self.batches[self.step]
-        sequences = range(batch * options.batch_size, (batch + 1) * options.batch_size)
+        options = self.options
+        sequences = range(self.step * options.batch_size, (self.step + 1) * options.batch_size)
         units = [self._unit(sequence) for sequence in self.processes.share(sequences)]
         total = self.processes.sum_in_order(units, options.batch_size, sum(self.sizes) + 1)
         loss = total[-1].item() / options.batch_size
@@ -97,33 +90,31 @@ class JointStage:
         examples = draw_examples(self.options, STAGE, sequence)
         generator = torch.Generator().manual_seed((self.options.seed + 1) * 1_000_003 + sequence)
         tokens = self.sampler.batch(1, examples[-1].prompt_length + self.options.decoded, generator).to(self.model.device)
-        path = self.folder / f"sequence_{sequence:05d}.safetensors"
-        if not path.exists():
-            self._teach(tokens, examples).save(path)
-        lesson = Lesson.load(path, self.model.config, self.kernels.config.layers, self.model.device)
         self.kernels.zero_grad()
-        loss = self._backward(tokens, examples, lesson)
-        if self.batches[self.step] not in self.batches[self.step + 1 :]:
-            path.unlink()
+        loss = self._backward(tokens, examples)
         return torch.cat([parameter.grad.flatten() for parameter in self.parameters] + [self.parameters[0].new_tensor([loss])])
 
-    @torch.no_grad()
-    def _teach(self, tokens: torch.Tensor, examples: Sequence[Example]) -> Lesson:
-        """The dense forward over a sequence."""
+    def _backward(self, tokens: torch.Tensor, examples: Sequence[Example]) -> float:
         n = self.options.decoded
-        dense = teacher_cache(self.model.config, self.kernels.config.layers)
-        decoded = torch.cat([torch.arange(each.prompt_length, each.prompt_length + n) for each in examples]).to(tokens.device)
-        return Lesson.of(self._forward(tokens, dense, decoded), dense, examples, n)
-
-    def _backward(self, tokens: torch.Tensor, examples: Sequence[Example], lesson: Lesson) -> float:
-        n, total = self.options.decoded, 0.0
-        for example, task in zip(examples, lesson.tasks, strict=True):
-            block = tokens[:, example.prompt_length : example.prompt_length + n]
-            less = self._forward(block, student_cache(lesson.dense, example, task.decodes, self.kernels))
-            log_target = task.logits.float().log_softmax(-1)
+        spans = [slice(example.prompt_length, example.prompt_length + n) for example in examples]
+        with torch.no_grad():
+            dense = teacher_cache(self.model.config, self.kernels.config.layers)
+            decoded = torch.cat([torch.arange(span.start, span.stop) for span in spans]).to(tokens.device)
+            full = self._forward(tokens, dense, decoded)
+            targets = full.logits.split(n, dim=1)
+            # The tokens are the last axis but one in every model; some have others before the batch.
+            by_layer = [states.index_select(-2, decoded).split(n, dim=-2) for states in full.hidden_states]
+            handed_on = list(zip(*by_layer, strict=True))  # for each example, what each layer hands on
+            teachers = [layer for layer in dense.layers if isinstance(layer, TeacherLayer)]
+            scores = zip(*(teacher.scores_after(examples) for teacher in teachers), strict=True)
+            rolls = [roll_layers(teachers, example, each, n) for example, each in zip(examples, scores, strict=True)]
+            del full  # with what layers hand on of the prompt
+        total = 0.0
+        for example, span, target, states, decodes in zip(examples, spans, targets, handed_on, rolls, strict=True):
+            less = self._forward(tokens[:, span], student_cache(dense, example, decodes, self.kernels))
+            log_target = target.float().log_softmax(-1)
             divergence = kl_div(less.logits.float().log_softmax(-1), log_target, reduction="sum", log_target=True) / n
-            apart = distances(less.hidden_states, task.hidden_states)
-            loss = torch.log(divergence + LITTLE) + torch.log(apart + LITTLE_APART).mean()
+            loss = torch.log(divergence + LITTLE) + torch.log(distances(less.hidden_states, states) + LITTLE_APART).mean()
             (loss / len(examples)).backward()
             total += divergence.item() / len(examples)
         return total
@@ -151,7 +142,7 @@ class JointStage:
         self.losses = state["losses"]
 
 
-def distances(hidden_states: Sequence[torch.Tensor], dense: torch.Tensor) -> torch.Tensor:
+def distances(hidden_states: Sequence[torch.Tensor], dense: Sequence[torch.Tensor]) -> torch.Tensor:
     """|x − x dense|² / |x dense|² of what each layer hands on, `[layers]`; each `[b, n, hidden]`, the embeddings first."""
     pairs = [(states.float(), target.float()) for states, target in zip(hidden_states[1:], dense[1:], strict=True)]
     return torch.stack([(states - target).square().mean() / target.square().mean() for states, target in pairs])

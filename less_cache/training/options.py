@@ -8,8 +8,6 @@ from less_cache.config import MEMORY_NAMES
 from less_cache.errors import LESSError
 from less_cache.policies import EvictionPolicy, policy_class
 
-APART = 16  # new batches from one use of a batch to the next: more than what the optimizers' averages reach over
-
 
 @dataclasses.dataclass(frozen=True)
 class TrainingOptions:
@@ -26,7 +24,6 @@ class TrainingOptions:
         layerwise_steps: Steps a layer of the first stage, a sequence each: each layer matches its own dense output.
         joint_steps: Steps of the second stage: all layers run under LESS, the model's output distribution is matched, and what
             each layer hands on.
-        uses: Steps of the second stage that a sequence is used in, `APART` batches of others between them.
         batch_size: Sequences a step of the second stage.
         layerwise_learning_rate: Adam's, at the start; falls to 0 in a straight line.
         joint_learning_rate: Muon's and Adam's; rises over the first steps, then falls in the same way.
@@ -44,8 +41,7 @@ class TrainingOptions:
     decoded: int = 128
     sequences: int = 24
     layerwise_steps: int = 0
-    joint_steps: int = 840
-    uses: int = 4
+    joint_steps: int = 480
     batch_size: int = 2
     layerwise_learning_rate: float = 2e-3
     joint_learning_rate: float = 8e-3
@@ -61,7 +57,7 @@ class TrainingOptions:
         for name in ("policies", "prompts"):
             if not getattr(self, name):
                 raise LESSError(f"TrainingOptions: expected at least one of {name}, got none.")
-        for name in ("prompts_per_sequence", "decoded", "uses", "batch_size", "checkpoint_every"):
+        for name in ("prompts_per_sequence", "decoded", "batch_size", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise LESSError(f"TrainingOptions: expected {name} to be at least 1, got {getattr(self, name)}.")
         if min(self.prompts) < 1:
@@ -114,12 +110,6 @@ def draw_examples(options: TrainingOptions, stage: str, index: int) -> list[Exam
         budget = max(5, round(fraction * (length + options.decoded)))
         examples.append(Example(length, policy_class(draw.choice(options.policies)).from_budget(budget)))
     return examples
-
-
-def joint_batches(options: TrainingOptions) -> list[int]:
-    """For each joint step, which batch of sequences it uses: batch i for the k-th time after batch i + k · `APART` came new."""
-    turns = ((batch + use * APART, use, batch) for batch in range(options.joint_steps) for use in range(options.uses))
-    return [batch for _, _, batch in sorted(turns)][: options.joint_steps]
 
 
 def falling(peak: float, done: float) -> float:

@@ -4,8 +4,8 @@ Both stages see the regime of use: a prompt with full attention, one selection, 
 under the policy, for several prompt lengths, budgets and policies.
 
 A run keeps what it has finished in `work/` in its output folder: `capture/` (see `capture.py`), `layers/layer_05.safetensors`
-for each layer that is done, `lessons/` (see `lesson.py`) and `joint.pt`. The same call goes on there after any interruption and
-ends with the same bytes. At the end each layer is measured on the held-out sequences.
+for each layer that is done, and `joint.pt`. The same call goes on there after any interruption and ends with the same
+bytes. At the end each layer is measured on the held-out sequences.
 """
 
 import copy
@@ -38,8 +38,8 @@ from less_cache.training.options import TrainingOptions
 from less_cache.training.processes import Processes
 
 WORK_NAME = "work"
-FORMAT = 4  # of what `work/` holds, and of what the stages do with it
-OF_JOINT = ("joint_steps", "uses", "joint_learning_rate")  # options that the first stage does not depend on
+FORMAT = 3  # of what `work/` holds, and of what the stages do with it
+OF_JOINT = ("joint_steps", "joint_learning_rate")  # options that the first stage does not depend on
 LOG_NAME = "training_log.json"
 
 
@@ -240,7 +240,7 @@ class _Run:
     def joint(self) -> list[float]:
         path = self.work / "joint.pt"
         self.kernels.to(device=self.model.device)
-        stage = JointStage(self.model, self.kernels, self.sampler, self.options, self.processes, self.work / "lessons")
+        stage = JointStage(self.model, self.kernels, self.sampler, self.options, self.processes)
         options = {name: getattr(self.options, name) for name in OF_JOINT}
         if path.exists():
             checkpoint = torch.load(path, map_location=self.model.device, weights_only=True)
