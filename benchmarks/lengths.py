@@ -2,12 +2,13 @@
 
     python benchmarks/lengths.py MODEL KERNELS --data novel.txt --data news.txt --length 256 --length 8192 --budget 0.05
 
-Each sequence is read at once but for the last tokens, which are decoded one by one through the real cache. Measured: nats a
-token of each, and in how many sequences LESS is ahead. Prints a table, and one JSON line last.
+Each sequence is read at once but for the last tokens, which are decoded one by one through the real cache. Measured, in nats a
+token: the loss with the full cache, with the policy alone and with LESS, and how far the distributions of the last two are
+from the full cache's (KL divergence), which text of any length tells with far less noise. Prints a table, and one JSON line
+last, with every sequence's numbers.
 """
 
 import json
-import math
 import statistics
 from pathlib import Path
 from typing import Annotated
@@ -16,12 +17,16 @@ import torch
 import typer
 from rich.console import Console
 from rich.table import Table
+from torch.nn.functional import cross_entropy, kl_div
+from transformers import Cache, DynamicCache
 
 from less_cache import LESSCache, LESSKernels, models
 from less_cache.bench.command import without_folder
-from less_cache.evaluation.perplexity import perplexity, stretches
+from less_cache.evaluation.perplexity import decode, stretches
 from less_cache.machine import describe
-from less_cache.policies import POLICIES, EvictionPolicy, policy_class
+from less_cache.policies import POLICIES, policy_class
+
+DIVERGENCES = ("alone_divergence", "less_divergence")
 
 
 def main(
@@ -40,17 +45,25 @@ def main(
     model, tokenizer = models.load(model_name, dtype=models.weights_type(dtype))
     kernels = LESSKernels.from_pretrained(folder)
     console = Console(stderr=True, highlight=False)
-    table = Table("length", "policy", "alone", "LESS", "ahead in", title="nats a token")
+    table = Table("length", "policy", "full", "alone", "LESS", "ahead in", "KL alone", "KL LESS", "ahead in", title="nats")
     rows = []
     for tokens in length:
         texts = stretches(data, tokenizer, sequences, tokens)
+        full = [decoded_logits(model, text, DynamicCache(config=model.config), decoded) for text in texts]
+        targets = texts[:, -decoded:]
         for used in (policy_class(name).from_budget(round(b * tokens)) for name in policy or POLICIES for b in budget):
-            by_sequence = [nats(model, texts, used, state, decoded) for state in (None, kernels)]
-            ahead = sum(less < alone for alone, less in zip(*by_sequence, strict=True))
-            alone, less = map(statistics.fmean, by_sequence)
-            rows.append({"length": tokens, "policy": used.to_dict(), "alone": alone, "less": less, "ahead": ahead})
-            table.add_row(f"{tokens:,}", repr(used), f"{alone:.4f}", f"{less:.4f}", f"{ahead} of {sequences}")
-            console.print(f"{tokens:,} {used}: {alone:.4f}, {less:.4f}")
+            row = {"full": [], "alone": [], "less": [], "alone_divergence": [], "less_divergence": []}
+            for text, dense, target in zip(texts, full, targets, strict=True):
+                row["full"].append(cross_entropy(dense, target).item())
+                for name, state in (("alone", None), ("less", kernels)):
+                    logits = decoded_logits(model, text, LESSCache(model, used, state), decoded)
+                    row[name].append(cross_entropy(logits, target).item())
+                    divergence = kl_div(logits.log_softmax(-1), dense.log_softmax(-1), reduction="batchmean", log_target=True)
+                    row[f"{name}_divergence"].append(divergence.item())
+            rows.append({"length": tokens, "policy": used.to_dict(), **row})
+            cells = [f"{tokens:,}", repr(used), *compared(row, "full", "alone", "less"), *compared(row, *DIVERGENCES)]
+            table.add_row(*cells)
+            console.print(*cells)
     console.print(table)
     report = {
         "benchmark": "lengths",
@@ -67,14 +80,17 @@ def main(
         output.write_text(line + "\n")
 
 
-def nats(model, texts: torch.Tensor, policy: EvictionPolicy, kernels: LESSKernels | None, decoded: int) -> list[float]:
-    """Of each sequence, `texts` `[b, p + n]`: one at a time, for a prompt's scores take memory."""
+def decoded_logits(model, text: torch.Tensor, cache: Cache, decoded: int) -> torch.Tensor:
+    """Logits in float32 for the last tokens of `text` `[p + n]`, `[n, vocab]`. One sequence: a prompt's scores take memory."""
+    with torch.no_grad():
+        return torch.cat(list(decode(model, text[None], cache, len(text) - decoded))).float()
 
-    def make() -> LESSCache:
-        return LESSCache(model, policy, kernels)
 
-    prompt_length = texts.shape[1] - decoded
-    return [math.log(perplexity(model, text[None], make, prompt_length, 1, lambda: None)[0]) for text in texts]
+def compared(row: dict[str, list[float]], *names: str) -> list[str]:
+    """The means of lists, and in how many sequences the last one's number is below the one's before."""
+    *_, alone, less = (row[name] for name in names)
+    ahead = sum(one < other for one, other in zip(less, alone, strict=True))
+    return [*(f"{statistics.fmean(row[name]):.4f}" for name in names), f"{ahead} of {len(less)}"]
 
 
 if __name__ == "__main__":

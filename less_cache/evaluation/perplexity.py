@@ -130,7 +130,7 @@ def perplexity(
     with torch.no_grad():
         for batch in tokens.to(model.device).split(batch_size):
             cache = make()
-            for logits, target in zip(_steps(model, batch, cache, prompt_length), batch[:, prompt_length:].T, strict=True):
+            for logits, target in zip(decode(model, batch, cache, prompt_length), batch[:, prompt_length:].T, strict=True):
                 loss += cross_entropy(logits.float(), target, reduction="sum").item()
             held += cache_bytes(cache)
             kept += kept_tokens(cache) * batch.shape[0]
@@ -139,7 +139,7 @@ def perplexity(
     return math.exp(loss / count), held / tokens.shape[0], kept / tokens.shape[0]
 
 
-def _steps(model: PreTrainedModel, batch: torch.Tensor, cache: Cache, prompt_length: int) -> Iterator[torch.Tensor]:
+def decode(model: PreTrainedModel, batch: torch.Tensor, cache: Cache, prompt_length: int) -> Iterator[torch.Tensor]:
     """Logits `[b, vocab]` for each token after the prompt, `batch` `[b, p + n]`."""
     yield model(batch[:, :prompt_length], past_key_values=cache, logits_to_keep=1).logits[:, -1]
     for position in range(prompt_length, batch.shape[1] - 1):
