@@ -10,6 +10,7 @@ last, with every sequence's numbers.
 
 import json
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -38,6 +39,7 @@ def main(
     policy: Annotated[list[str] | None, typer.Option(metavar="NAME", help="Repeatable. Default: all.")] = None,
     sequences: int = 8,
     decoded: int = 64,
+    batch_size: int = 8,
     dtype: str = "float32",
     output: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the JSON line here too.")] = None,
 ) -> None:
@@ -49,17 +51,15 @@ def main(
     rows = []
     for tokens in length:
         texts = stretches(data, tokenizer, sequences, tokens)
-        full = [decoded_logits(model, text, DynamicCache(config=model.config), decoded) for text in texts]
+        full = decoded_logits(model, texts, lambda: DynamicCache(config=model.config), decoded, batch_size)
         targets = texts[:, -decoded:]
         for used in (policy_class(name).from_budget(round(b * tokens)) for name in policy or POLICIES for b in budget):
-            row = {"full": [], "alone": [], "less": [], "alone_divergence": [], "less_divergence": []}
-            for text, dense, target in zip(texts, full, targets, strict=True):
-                row["full"].append(cross_entropy(dense, target).item())
-                for name, state in (("alone", None), ("less", kernels)):
-                    logits = decoded_logits(model, text, LESSCache(model, used, state), decoded)
-                    row[name].append(cross_entropy(logits, target).item())
-                    divergence = kl_div(logits.log_softmax(-1), dense.log_softmax(-1), reduction="batchmean", log_target=True)
-                    row[f"{name}_divergence"].append(divergence.item())
+            row = {"full": losses(full, targets)}
+            for name, state in (("alone", None), ("less", kernels)):
+                logits = decoded_logits(
+                    model, texts, lambda used=used, state=state: LESSCache(model, used, state), decoded, batch_size
+                )
+                row |= {name: losses(logits, targets), f"{name}_divergence": divergences(logits, full)}
             rows.append({"length": tokens, "policy": used.to_dict(), **row})
             cells = [f"{tokens:,}", repr(used), *compared(row, "full", "alone", "less"), *compared(row, *DIVERGENCES)]
             table.add_row(*cells)
@@ -80,10 +80,25 @@ def main(
         output.write_text(line + "\n")
 
 
-def decoded_logits(model, text: torch.Tensor, cache: Cache, decoded: int) -> torch.Tensor:
-    """Logits in float32 for the last tokens of `text` `[p + n]`, `[n, vocab]`. One sequence: a prompt's scores take memory."""
+def decoded_logits(model, texts: torch.Tensor, make: Callable[[], Cache], decoded: int, batch_size: int) -> torch.Tensor:
+    """Logits in float32 for the last tokens of `texts` `[count, p + n]`: `[count, n, vocab]`."""
+    batches = []
     with torch.no_grad():
-        return torch.cat(list(decode(model, text[None], cache, len(text) - decoded))).float()
+        for batch in texts.split(batch_size):
+            steps = decode(model, batch, make(), batch.shape[1] - decoded)
+            batches.append(torch.stack([logits.float() for logits in steps], dim=1))
+    return torch.cat(batches)
+
+
+def losses(logits: torch.Tensor, targets: torch.Tensor) -> list[float]:
+    """Nats a token of each sequence; `[count, n, vocab]` and `[count, n]`."""
+    return cross_entropy(logits.transpose(1, 2), targets, reduction="none").mean(-1).tolist()
+
+
+def divergences(logits: torch.Tensor, full: torch.Tensor) -> list[float]:
+    """KL(full cache || other), nats a token of each sequence; both `[count, n, vocab]`."""
+    pairs = zip(logits.log_softmax(-1), full.log_softmax(-1), strict=True)
+    return [kl_div(other, dense, reduction="batchmean", log_target=True).item() for other, dense in pairs]
 
 
 def compared(row: dict[str, list[float]], *names: str) -> list[str]:
