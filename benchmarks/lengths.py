@@ -1,14 +1,15 @@
-"""The policy alone beside LESS at many lengths, budgets and policies: at none should LESS be the worse one.
+"""The policy alone, with the state's bytes as more recent tokens, and with LESS, at many lengths, budgets and policies.
 
     python benchmarks/lengths.py MODEL KERNELS --data novel.txt --data news.txt --length 256 --length 8192 --budget 0.05
 
-Each sequence is read at once but for the last tokens, which are decoded one by one through the real cache. Measured, in nats a
-token: the loss with the full cache, with the policy alone and with LESS, and how far the distributions of the last two are
-from the full cache's (KL divergence), which text of any length tells with far less noise. Prints a table, and one JSON line
-last, with every sequence's numbers.
+At none should LESS be the worst of them. Each sequence is read at once but for the last tokens, which are decoded one by one
+through the real cache. Measured, in nats a token: the loss, and how far the distribution is from the full cache's (KL
+divergence), which a text of any length tells with far less noise. Prints a table, and one JSON line last, with every
+sequence's numbers.
 """
 
 import json
+import operator
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -23,11 +24,9 @@ from transformers import Cache, DynamicCache
 
 from less_cache import LESSCache, LESSKernels, models
 from less_cache.bench.command import without_folder
-from less_cache.evaluation.perplexity import decode, stretches
+from less_cache.evaluation.perplexity import decode, stretches, with_state_bytes
 from less_cache.machine import describe
 from less_cache.policies import POLICIES, policy_class
-
-DIVERGENCES = ("alone_divergence", "less_divergence")
 
 
 def main(
@@ -43,27 +42,32 @@ def main(
     dtype: str = "float32",
     output: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the JSON line here too.")] = None,
 ) -> None:
-    """Nats a token of the policy alone and of LESS."""
+    """Loss, and divergence from the full cache, of each cache on the same text."""
     model, tokenizer = models.load(model_name, dtype=models.weights_type(dtype))
     kernels = LESSKernels.from_pretrained(folder)
     console = Console(stderr=True, highlight=False)
-    table = Table("length", "policy", "full", "alone", "LESS", "ahead in", "KL alone", "KL LESS", "ahead in", title="nats")
+    table = Table("length", "policy", "cache", "nats a token", "KL from full", "LESS is nearer in")
     rows = []
     for tokens in length:
         texts = stretches(data, tokenizer, sequences, tokens)
-        full = decoded_logits(model, texts, lambda: DynamicCache(config=model.config), decoded, batch_size)
         targets = texts[:, -decoded:]
+
+        def logits_of(make: Callable[[], Cache], texts: torch.Tensor = texts) -> torch.Tensor:
+            return decoded_logits(model, texts, make, decoded, batch_size)
+
+        full = logits_of(lambda: DynamicCache(config=model.config))
         for used in (policy_class(name).from_budget(round(b * tokens)) for name in policy or POLICIES for b in budget):
-            row = {"full": losses(full, targets)}
-            for name, state in (("alone", None), ("less", kernels)):
-                logits = decoded_logits(
-                    model, texts, lambda used=used, state=state: LESSCache(model, used, state), decoded, batch_size
-                )
-                row |= {name: losses(logits, targets), f"{name}_divergence": divergences(logits, full)}
-            rows.append({"length": tokens, "policy": used.to_dict(), **row})
-            cells = [f"{tokens:,}", repr(used), *compared(row, "full", "alone", "less"), *compared(row, *DIVERGENCES)]
-            table.add_row(*cells)
-            console.print(*cells)
+            larger = with_state_bytes(used, kernels, model.dtype.itemsize)
+            caches = {"less": (used, kernels), "policy": (used, None), "baseline+": (larger, None)}
+            results = {}
+            for name, (kept, state) in caches.items():
+                logits = logits_of(lambda kept=kept, state=state: LESSCache(model, kept, state))
+                results[name] = {"loss": losses(logits, targets), "divergence": divergences(logits, full)}
+                nearer = sum(map(operator.lt, results["less"]["divergence"], results[name]["divergence"]))
+                cells = [f"{statistics.fmean(numbers):.4f}" for numbers in results[name].values()]
+                table.add_row(f"{tokens:,}", repr(kept), name, *cells, "" if name == "less" else f"{nearer} of {sequences}")
+                console.print(f"{tokens:,} {kept} {name}", *cells, nearer)
+            rows.append({"length": tokens, "policy": used.to_dict(), "full": {"loss": losses(full, targets)}, **results})
     console.print(table)
     report = {
         "benchmark": "lengths",
@@ -99,13 +103,6 @@ def divergences(logits: torch.Tensor, full: torch.Tensor) -> list[float]:
     """KL(full cache || other), nats a token of each sequence; both `[count, n, vocab]`."""
     pairs = zip(logits.log_softmax(-1), full.log_softmax(-1), strict=True)
     return [kl_div(other, dense, reduction="batchmean", log_target=True).item() for other, dense in pairs]
-
-
-def compared(row: dict[str, list[float]], *names: str) -> list[str]:
-    """The means of lists, and in how many sequences the last one's number is below the one's before."""
-    *_, alone, less = (row[name] for name in names)
-    ahead = sum(one < other for one, other in zip(less, alone, strict=True))
-    return [*(f"{statistics.fmean(row[name]):.4f}" for name in names), f"{ahead} of {len(less)}"]
 
 
 if __name__ == "__main__":
