@@ -123,7 +123,7 @@ def test_reading_takes_the_seconds_of_the_model(folder):
 @pytest.mark.parametrize("compile", [False, True])
 def test_single_tokens_of_static_caches_are_compiled(folder, monkeypatch, compile):
     compiled, calls = mock.Mock(), []
-    monkeypatch.setattr(torch, "compile", lambda model: compiled)
+    monkeypatch.setattr(torch, "compile", lambda model, mode: compiled)
     subject = contest(folder, budget=8, caches=CACHES, compile=compile)
     for name in CACHES:
         with torch.no_grad():
@@ -133,6 +133,30 @@ def test_single_tokens_of_static_caches_are_compiled(folder, monkeypatch, compil
         calls += [name] * compiled.call_count
         compiled.reset_mock()
     assert calls == ([name for name in CACHES if "static" in name for _ in range(2)] if compile else [])
+
+
+def test_the_limit_is_the_time_in_which_weights_and_cache_would_move(folder, monkeypatch):
+    """Both move 1,000 bytes a second here; a token takes 3 seconds."""
+    subject = contest(folder, rounds=3, tokens=2, contexts=(8,), caches=("dynamic",))
+    monkeypatch.setattr(subject, "copy", lambda: subject.copied / 1000)
+    monkeypatch.setattr(subject, "read", lambda *_: 6.0)
+    monkeypatch.setattr(decode, "cache_bytes", lambda cache: 500)
+    monkeypatch.setattr(subject, "fill", lambda *_, **__: None)
+    (row,) = decode.measure(subject, lambda: None)
+    assert row.times_the_limit == pytest.approx(3 / ((subject.read_weights + 500) / 1000))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_token_reads_the_weights_but_not_a_table_of_embeddings(tied, tmp_path):
+    model = tiny.tiny_llama(tie_word_embeddings=tied)
+    model.config.save_pretrained(tmp_path)
+    subject = contest(str(tmp_path))
+    table = model.get_input_embeddings().weight.nbytes
+    assert subject.weights - subject.read_weights == (0 if tied else table)
+
+
+def test_a_copy_takes_time(folder):
+    assert contest(folder).copy() > 0
 
 
 @pytest.mark.parametrize("benchmark", [decode, prefill])

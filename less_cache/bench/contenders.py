@@ -21,12 +21,17 @@ from less_cache.machine import synchronize
 from less_cache.policies import EvictionPolicy, policy_class
 from less_cache.training.options import TrainingOptions
 
+COPY_BYTES = 2**28  # far more than any processor or GPU keeps close
+
 
 class Contest:
     """A model, a policy and kernels, and the caches of `options.caches` on them.
 
-    `weights`: bytes of the model. `kernels`: None where LESS is not among the caches.
+    `weights`: bytes of the model; `read_weights`: of those that every token reads, so without embeddings that are not the
+    output's too; `copied`: bytes read and written by `copy`. `kernels`: None where LESS is not among the caches.
     """
+
+    copied = 2 * COPY_BYTES
 
     def __init__(self, options: BenchOptions):
         if options.threads is not None:
@@ -36,8 +41,12 @@ class Contest:
         with_less = any(name.startswith("less") for name in options.caches)
         given = LESSKernels.from_pretrained(options.kernels) if with_less and options.kernels is not None else None
         self.model = load(options)
-        self.compiled = torch.compile(self.model) if options.compile else self.model
-        self.weights = sum(parameter.nbytes for parameter in self.model.parameters())
+        self.compiled = torch.compile(self.model, mode="reduce-overhead") if options.compile else self.model
+        self.weights = self.read_weights = sum(parameter.nbytes for parameter in self.model.parameters())
+        embeddings: Any = self.model.get_input_embeddings()
+        output = self.model.get_output_embeddings()
+        if output is None or output.weight is not embeddings.weight:
+            self.read_weights -= embeddings.weight.nbytes
         if 0 < options.memory <= self.weights:
             raise LESSError(f"Expected --memory to be above the {self.weights:,} bytes of the weights, got {options.memory:,}.")
         kernels = given or (random_kernels(self.model, options.seed) if with_less else None)
@@ -77,6 +86,15 @@ class Contest:
         start = time.perf_counter()
         for part in parts:
             model(input_ids=part, past_key_values=cache, logits_to_keep=1)
+        synchronize(self.device)
+        return time.perf_counter() - start
+
+    def copy(self) -> float:
+        """Copy `COPY_BYTES` from one place of the device's memory to another; seconds that it took."""
+        source, target = (torch.ones(COPY_BYTES, dtype=torch.uint8, device=self.device) for _ in range(2))
+        synchronize(self.device)
+        start = time.perf_counter()
+        target.copy_(source)
         synchronize(self.device)
         return time.perf_counter() - start
 
