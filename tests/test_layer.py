@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import SEEDS, Case, cases, partitions
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from less_cache import CORM, H2O, POLICIES, LESSError, SinkRecent
 from less_cache.layer import LESSLayer
@@ -395,12 +396,14 @@ def test_a_prompt_goes_through_the_models_attention_unless_all_of_its_weights_ar
     torch.testing.assert_close(output, expected)
 
 
+@pytest.mark.parametrize("block", [3, 7])  # CORM observes four queries
 @pytest.mark.parametrize("policy", [H2O(4, 5), CORM(4, 5)])
-def test_a_prompt_is_scored_the_same_in_blocks_of_any_size(policy):
+def test_a_prompt_is_scored_the_same_in_blocks_of_any_size(policy, block, monkeypatch):
+    monkeypatch.setattr("less_cache.layer.FUSED", {})
     states = tiny.random_states(2, 4, 2, 20, 4)
     layers = [LESSLayer(policy, None, layer_idx=0) for _ in range(2)]
     tiny.feed(layers[0], *states, [20])
-    with mock.patch.multiple("less_cache.prompt", SCORE_BLOCK=7):
+    with mock.patch.multiple("less_cache.prompt", SCORE_BLOCK=block):
         tiny.feed(layers[1], *states, [20])
     torch.testing.assert_close(layers[0].scores, layers[1].scores, rtol=1e-5, atol=0)
     assert_same_state(*layers)
@@ -424,8 +427,11 @@ class ShapeLimit(TorchDispatchMode):
         return result
 
 
+@pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("policy", [H2O(4, 5), SinkRecent(4, 5)])
-def test_memory_stays_the_same_from_10_to_2000_steps(policy):
+def test_memory_stays_the_same_from_10_to_2000_steps(policy, fused, monkeypatch):
+    if not fused:
+        monkeypatch.setattr("less_cache.layer.FUSED", {})
     budget, limit = 9, 10
     layer = LESSLayer(policy, tiny.layer_kernels(2, 2, 4), layer_idx=0)
     tiny.feed(layer, *tiny.random_states(1, 2, 2, 30, 4), [30])
@@ -440,6 +446,34 @@ def test_memory_stays_the_same_from_10_to_2000_steps(policy):
     assert held[0] == held[1]
     assert layer.keys.shape[2] == budget + 1
     assert layer.get_seq_length() == 2030
+
+
+class NoSquares(TorchDispatchMode):
+    """Fails where an operation gives a tensor with two dimensions of `n` or more."""
+
+    def __init__(self, n: int):
+        super().__init__()
+        self.n = n
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for each in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(each, torch.Tensor):
+                assert sum(size >= self.n for size in each.shape) < 2, f"{function} gave shape {list(each.shape)}"
+        return result
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("kernels", [None, tiny.layer_kernels(2, 2, 64)], ids=["sparse", "less"])
+@pytest.mark.parametrize("policy", STEP_POLICIES)
+def test_a_prompt_takes_no_square_of_its_length(policy, kernels, fused, monkeypatch):
+    n = 130
+    if not fused:
+        monkeypatch.setattr("less_cache.layer.FUSED", {})
+    layer = LESSLayer(policy, kernels, layer_idx=0)
+    query, key, value = tiny.random_states(1, 2, 2, n, 64)
+    with torch.no_grad(), NoSquares(n):
+        layer.attend(sdpa_attention_forward, MODULE, query, *layer.update(key, value), None, scaling=0.125)
 
 
 @pytest.mark.parametrize("policy", STEP_POLICIES)

@@ -249,6 +249,7 @@ class HostReads(TorchDispatchMode):
 @each_kernels
 def test_a_step_waits_for_no_device(policy, kernels, monkeypatch):
     monkeypatch.setattr(layer, "READ_AT_ONCE", set())  # as on a GPU
+    monkeypatch.setattr(layer, "FUSED", {})
     model = tiny_llama()
     dynamic, static = both(model, policy, kernels)
     mask = torch.ones(2, 1, 1, 1, dtype=torch.bool)

@@ -18,13 +18,13 @@ import torch
 import zoo
 from transformers import MistralConfig, MistralForCausalLM
 
-from less_cache import CORM, H2O, LESSCache, LESSError, LESSKernels, SinkRecent, hook, native
+from less_cache import CORM, H2O, POLICIES, LESSCache, LESSError, LESSKernels, SinkRecent, hook, native
 from less_cache.attention import attention_logits
 from less_cache.kernels import MEMORIES
 from less_cache.layer import LESSLayer
 from less_cache.training import TokenSampler, TrainingOptions, estimate, train
 from less_cache.training import joint as joint_module
-from less_cache.training.capture import Shard, layer_folder, shard_path
+from less_cache.training.capture import CaptureLayer, Shard, layer_folder, shard_path
 from less_cache.training.data import hub_text, own_text
 from less_cache.training.joint import distances
 from less_cache.training.layers import TeacherLayer, roll_layers, student_cache, teacher_cache
@@ -193,9 +193,9 @@ def test_other_architectures_train_from_start_to_finish(name, tmp_path):
 
 
 def test_every_policy_can_be_drawn():
-    options = dataclasses.replace(TINY, policies=("h2o", "sink_recent", "corm"))
+    options = dataclasses.replace(TINY, policies=tuple(POLICIES))
     drawn = {example.policy.name for index in range(20) for example in draw_examples(options, "joint", index)}
-    assert drawn == {"h2o", "sink_recent", "corm"}
+    assert drawn == set(POLICIES)
 
 
 def test_an_interrupted_run_ends_with_the_same_bytes(tmp_path, monkeypatch):
@@ -305,16 +305,23 @@ def test_training_leaves_the_model_as_it_was(tmp_path, monkeypatch, fails):
 
 def test_capture_keeps_one_layer_in_memory(tmp_path, monkeypatch):
     """When a layer's shard is written, no other layer's activations are held."""
-    written = []
-    real_write = Shard.write
+    written, layers, holding = [], [], []
+    real_start, real_write = CaptureLayer.__init__, Shard.write
+
+    def start(self, *args):
+        layers.append(self)
+        real_start(self, *args)
 
     def write(self, path):
         written.append(path.parent.name)
+        holding.append(sum(getattr(layer, "queries", None) is not None for layer in layers))
         real_write(self, path)
 
+    monkeypatch.setattr(CaptureLayer, "__init__", start)
     monkeypatch.setattr(Shard, "write", write)
     train(tiny.tiny_llama(num_hidden_layers=3), sampler(), dataclasses.replace(TINY, joint_steps=0), tmp_path)
     assert written == ["layer_00", "layer_01", "layer_02"] * TINY.sequences, "a layer waited for another"
+    assert holding == [1] * len(written)
 
 
 def test_the_estimate_of_disk_is_what_capture_writes(tmp_path):
