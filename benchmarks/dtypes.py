@@ -18,9 +18,11 @@ import typer
 from transformers import Cache, DynamicCache
 
 from less_cache import LESSCache, LESSKernels, models
+from less_cache.bench.command import without_folder
 from less_cache.cli import parse_budget
 from less_cache.evaluation.perplexity import perplexity, stretches
 from less_cache.hub import WEIGHTS_NAME
+from less_cache.machine import describe
 from less_cache.policies import policy_class
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -81,11 +83,12 @@ def main(
             "nats_lost_by_batch": [one - other for one, other in zip(nats, exact, strict=True)],
         }
     report = {
-        "model": model_name,
+        "model": without_folder(model_name),
         "kernels_sha256": sha256,
         "data": [path.name for path in data],
         "policy": policy.to_dict(),
         **{"sequences": sequences, "prompt_length": prompt_length, "decoded": decoded, "batch_size": batch_size},
+        **describe(torch.device("cpu")),
         "full": full,
         "policy_alone": alone,
         "dtypes": rows,

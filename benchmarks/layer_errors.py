@@ -15,6 +15,8 @@ import torch
 
 from less_cache import LESSKernels, hook, models
 from less_cache.attention import add_virtual_tokens, attention_logits, sparse_softmax
+from less_cache.bench.command import without_folder
+from less_cache.machine import describe
 from less_cache.training import TokenSampler, TrainingOptions
 from less_cache.training.capture import capture, layer_folder
 from less_cache.training.data import tokenize
@@ -63,4 +65,5 @@ with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         row = {"trained": task.error_left(trained.for_layer(layer_idx)), "untrained": sum(errors) / len(errors)}
         results.append({name: round(value, 3) for name, value in row.items()})
 mean = {name: round(sum(row[name] for row in results) / len(results), 3) for name in results[0]}
-print(json.dumps({"kernels_sha256": trained.config.sha256, "text": Path(text).name, "mean": mean, "layers": results}))
+names = {"model": without_folder(model_name), "kernels_sha256": trained.config.sha256, "text": Path(text).name}
+print(json.dumps({**names, **describe(torch.device("cpu")), "mean": mean, "layers": results}))

@@ -10,6 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from less_cache import H2O, LESSCache, LESSConfig, LESSKernels
 from less_cache.families import geometry
+from less_cache.machine import describe
 
 STEPS, EARLY, LAYERS = 100_000, 2_000, 2
 
@@ -42,7 +43,7 @@ def decode(steps: int) -> dict[str, int]:
 
 
 start = time.process_time()
-report = {"layers": LAYERS, "early": decode(EARLY), "last": decode(STEPS - EARLY)}
+report = {"layers": LAYERS, **describe(torch.device("cpu")), "early": decode(EARLY), "last": decode(STEPS - EARLY)}
 report["cpu_seconds"] = round(time.process_time() - start, 1)
 report["positions"] = [sorted(layer.positions.flatten().tolist()) for layer in cache.layers]
 assert report["early"]["cache_bytes"] == report["last"]["cache_bytes"], report

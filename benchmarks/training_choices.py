@@ -4,8 +4,9 @@
 
 Each set is trained jointly for a few steps, prompts of 512 tokens and 128 decoded, and kept in FOLDER: the same command
 goes on there. Measured: KL(full cache || LESS) / KL(full cache || policy alone), means over the decoded tokens of all
-stretches, for every policy at 5 % of the tokens. The first sets differ in the policies trained with, which with the columns
-gives the transfer matrix; the others differ from `mixed` in one thing. One JSON line last.
+stretches, for every policy at 5 % of the tokens and H2O at three more budgets. The first sets differ in the policies or the
+budget trained with, which with the columns gives the transfer matrix; the others differ from `mixed` in one thing. One JSON
+line last.
 """
 
 import contextlib
@@ -21,6 +22,7 @@ import typer
 from torch.nn.functional import kl_div
 
 from less_cache import CORM, H2O, LESSKernels, SinkRecent, hook, models
+from less_cache.bench.command import without_folder
 from less_cache.evaluation.perplexity import stretches
 from less_cache.hub import CONFIG_NAME
 from less_cache.machine import describe
@@ -46,6 +48,7 @@ SETS: dict[str, dict] = {
     "h2o": {"policies": ("h2o",)},
     "sink_recent": {"policies": ("sink_recent",)},
     "corm": {"policies": ("corm",)},
+    "5 % alone": {"least_budget": 0.05, "most_budget": 0.05},
     "no fading": {},
     "later layers in the loss": {},
     "earlier layers in the loss": {},
@@ -55,7 +58,14 @@ SETS: dict[str, dict] = {
     "half the rate": {"joint_learning_rate": TrainingOptions.joint_learning_rate / 2},
     "low_rank": {"memory": "low_rank", "joint_learning_rate": 1e-3},
 }
-USED = {"h2o": H2O(16, 16), "sink_recent": SinkRecent(4, 28), "corm": CORM(window=16, recent=16)}
+USED = {
+    "h2o": H2O(16, 16),
+    "sink_recent": SinkRecent(4, 28),
+    "corm": CORM(window=16, recent=16),
+    "h2o, 2.5 %": H2O(8, 8),
+    "h2o, 10 %": H2O(32, 32),
+    "h2o, 20 %": H2O(64, 64),
+}
 
 
 def reset_without_fading(memory, generator=None, reset=LayerSoftCentroids.reset_parameters) -> None:
@@ -153,7 +163,13 @@ def main(
             for used in USED
         }
     options = {"steps": steps, "stretches": stretch_count, "prompt": PROMPT, "decoded": DECODED, "dtype": dtype}
-    line = json.dumps({"benchmark": "training_choices", **options, **describe(torch.device("cpu")), "divergence_left": left})
+    names = {
+        "model": without_folder(model_name),
+        "train_data": [path.name for path in train_data],
+        "text": [Path(named.partition("=")[2]).name for named in text],
+    }
+    report = {"benchmark": "training_choices", **names, **options, **describe(torch.device("cpu")), "divergence_left": left}
+    line = json.dumps(report)
     typer.echo(line)
     if output is not None:
         output.write_text(line + "\n")

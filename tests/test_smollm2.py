@@ -147,6 +147,15 @@ def one_by_one(model, less):
     return lambda sequences: logits(tuple(map(tuple, sequences.tolist())))
 
 
+def test_a_model_from_a_gguf_file_can_be_stored(model, tokenizer, tmp_path):
+    """As training in bfloat16 wants it: transformers refuses to store what it takes for packed weights."""
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path)
+    stored, _ = models.load(str(tmp_path))
+    expected = model.state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in stored.state_dict().items())
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_budget_above_the_length_is_the_full_cache(mode, model, less, prompt, full_cache):
     expected = full_cache(mode)
