@@ -18,7 +18,7 @@ COPY = "copy"  # among the caches in a round
 NOTE = (
     "Full caches hold random keys and values; the others have read random tokens in chunks. With "
     "--compile, the models around static caches are compiled, as generate does on a GPU. The ratio is to DynamicCache, "
-    "round by round; the limit is the time in which a copy would move the weights and the cache once."
+    "round by round; limit: times as long as a copy would take to move the weights and the cache once; MiB: of the cache."
 )
 
 
@@ -42,8 +42,8 @@ COLUMNS: dict[str, Callable[[DecodeRow], str]] = {
     "ms a token": lambda row: f"{row.ms_per_token.median:.2f}",
     "quartiles": lambda row: row.ms_per_token.quartiles,
     "ratio": lambda row: shown(row.ratio, ".2f"),
-    "times the limit": lambda row: f"{row.times_the_limit:.2f}",
-    "cache MiB": lambda row: f"{row.bytes / 2**20:,.2f}",
+    "limit": lambda row: f"{row.times_the_limit:.2f}",
+    "MiB": lambda row: f"{row.bytes / 2**20:,.2f}",
 }
 
 

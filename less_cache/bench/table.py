@@ -10,7 +10,7 @@ from rich.table import Table
 
 def table(rows: Sequence[Any], labels: Mapping[str, str], columns: Mapping[str, Callable[[Any], str]], note: str) -> Table:
     """A line for each row, a section for each context. `columns`: what they are called, and what they say of a row."""
-    result = Table(box=box.SIMPLE_HEAD, caption=note)
+    result = Table(box=box.SIMPLE_HEAD, caption=note, pad_edge=False)
     result.add_column("context", justify="right")
     result.add_column("cache", no_wrap=True)
     for name in columns:
