@@ -67,7 +67,8 @@ def main(
                 cells = [f"{statistics.fmean(numbers):.4f}" for numbers in results[name].values()]
                 table.add_row(f"{tokens:,}", repr(kept), name, *cells, "" if name == "less" else f"{nearer} of {sequences}")
                 console.print(f"{tokens:,} {kept} {name}", *cells, nearer)
-            rows.append({"length": tokens, "policy": used.to_dict(), "full": {"loss": losses(full, targets)}, **results})
+            results["full"] = {"loss": losses(full, targets)}
+            rows.append({"length": tokens, "policy": used.to_dict(), "caches": results})
     console.print(table)
     report = {
         "benchmark": "lengths",
