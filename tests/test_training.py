@@ -500,9 +500,10 @@ def test_what_a_killed_process_was_writing_goes(tmp_path):
     assert not list((tmp_path / "run").rglob(".saving-*"))
 
 
-def test_layers_that_scale_differently_are_rolled_together():
-    """As each on its own: in GPT-2 every layer may have its own scaling."""
-    teachers, example = [], Example(20, H2O(3, 2))
+@pytest.mark.parametrize("policy", [H2O(3, 2), CORM(6, 2)], ids=lambda policy: policy.name)
+def test_layers_that_scale_differently_are_rolled_together(policy):
+    """As each on its own: in GPT-2 every layer may have its own scaling. Under CORM they also keep different numbers."""
+    teachers, example = [], Example(20, policy)
     for seed, scaling in enumerate((1.0, 0.25)):
         teacher = TeacherLayer()
         queries, keys, values = tiny.random_states(1, 4, 2, 30, 8, seed=seed)
@@ -512,7 +513,8 @@ def test_layers_that_scale_differently_are_rolled_together():
     together = roll_layers(teachers, example, scores, 10)
     for index, decode in enumerate(together):
         (alone,) = roll_layers(teachers[index : index + 1], example, scores[index : index + 1], 10)
-        assert torch.equal(decode.visible, alone.visible) and torch.equal(decode.order, alone.order)
+        for field in dataclasses.fields(Decode):
+            assert torch.equal(getattr(decode, field.name), getattr(alone, field.name))
 
 
 def test_a_loss_that_is_not_finite_keeps_the_finished_layers(tmp_path, monkeypatch):

@@ -53,10 +53,10 @@ class CORM(EvictionPolicy):
         return (positions - 1).float()
 
     def observe(self, scores: torch.Tensor, weights: torch.Tensor, query_positions: torch.Tensor) -> torch.Tensor:
-        threshold = 1 / (query_positions + 1)[:, None, None, :, None]  # inf for padding: never reached
-        important = weights >= threshold  # [b, g, s, n, c]
-        at = torch.where(important, query_positions[:, None, None, :, None], -1)
-        return torch.maximum(scores, at.amax(dim=(2, 3)).float())
+        at = query_positions[:, None, :, None].float()  # [b, 1, n, 1]
+        threshold = 1 / (at + 1)  # inf for padding: never reached
+        important = weights.amax(dim=2) >= threshold  # [b, g, n, c]
+        return torch.maximum(scores, torch.where(important, at, -1.0).amax(dim=2))
 
     def keep(self, scores: torch.Tensor, positions: torch.Tensor, seen: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
         window, _ = counts

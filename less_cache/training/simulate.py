@@ -28,10 +28,26 @@ class Decode:
     visible: torch.Tensor  # [b, g, n, c] columns kept when a query attends
     evicted: torch.Tensor  # [b, g, n, c] columns already folded in when a query attends
 
+    def leaving(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The tokens of the columns that leave before the last query, `[b, g, l]`, and which of them have when each query
+        attends, `[b, g, n, l]` float32; heads of which fewer leave have some that do not.
+        """
+        p, n = self.keep.shape[-1], self.visible.shape[2]
+        leaves = self.evicted[:, :, -1]  # [b, g, c]; what has left stays away
+        found = (~leaves).int().argsort(dim=-1, stable=True)[..., : int(leaves.sum(dim=-1).max())]
+        decoded = torch.arange(p, p + n, device=found.device).expand(*self.order.shape[:2], n)
+        tokens = torch.cat([self.order, decoded], dim=-1).gather(-1, found)
+        return tokens, self.evicted.gather(-1, found.unsqueeze(2).expand(-1, -1, n, -1)).float()
+
     def split(self, batch_size: int) -> list["Decode"]:
-        """The parts of a batch."""
+        """The parts of a batch, without columns that only other parts need."""
         fields = (getattr(self, field.name).split(batch_size) for field in dataclasses.fields(self))
-        return [Decode(*part) for part in zip(*fields, strict=True)]
+        parts = []
+        for keep, order, visible, evicted in zip(*fields, strict=True):
+            k, most = int(keep.sum(dim=-1).max()), order.shape[-1]
+            visible, evicted = (torch.cat([each[..., :k], each[..., most:]], dim=-1) for each in (visible, evicted))
+            parts.append(Decode(keep, order[..., :k], visible, evicted))
+        return parts
 
 
 def roll(
@@ -66,8 +82,7 @@ def roll(
     positions = torch.cat([kept_positions, kept_positions.new_full((b, g, n), -1)], dim=-1)
     scores = torch.cat([prompt_scores.gather(-1, order), prompt_scores.new_zeros(b, g, n)], dim=-1)
     exists = torch.cat([kept_positions >= 0, positions.new_zeros(b, g, n, dtype=torch.bool)], dim=-1)
-    everywhere = torch.ones((), dtype=torch.bool, device=device).expand(b, g, n, k + n)
-    logits = attention_logits(query_states, columns(key_states, order, p), everywhere, scaling, softcap)
+    logits = attention_logits(query_states, columns(key_states, order, p), None, scaling, softcap)
     capacity = policy.capacity(counts)
     visible_steps, evicted_steps = [], []
     for step in range(n):
@@ -79,7 +94,7 @@ def roll(
         evicted_steps.append(exists & ~visible)
         if policy.observed(counts, 1):
             step_logits = logits[..., step : step + 1, :].masked_fill(~visible[:, :, None, None], -torch.inf)
-            weights, _ = sparse_softmax(step_logits, sinks)
+            weights = step_logits.softmax(dim=-1) if sinks is None else sparse_softmax(step_logits, sinks)[0]
             scores = policy.observe(scores, weights, seen.view(b, 1))
         seen = seen + 1
         if capacity is None:
@@ -93,8 +108,12 @@ def roll(
 
 def columns(states: torch.Tensor, order: torch.Tensor, p: int) -> torch.Tensor:
     """Of `[b, g, p + n, *]` the prompt tokens in `order`, then the decoded ones: `[b, g, c, *]`."""
-    kept = states[:, :, :p].gather(2, order.unsqueeze(-1).expand(*order.shape, states.shape[-1]))
-    return torch.cat([kept, states[:, :, p:]], dim=2)
+    return torch.cat([_tokens(states[:, :, :p], order), states[:, :, p:]], dim=2)
+
+
+def _tokens(states: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    """Of `[b, g, t, *]` the tokens at `[b, g, l]`: `[b, g, l, *]`."""
+    return states.gather(2, indices.unsqueeze(-1).expand(*indices.shape, states.shape[-1]))
 
 
 def attend(
@@ -134,7 +153,8 @@ def _states(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The state when each query attends: means `[b, g, n, r, *]` and log-masses `[b, g, 1, n, r]`.
 
-    Pairs weigh what they do at the prompt's end, and fade from there to each query.
+    Pairs weigh what they do at the prompt's end, and fade from there to each query. Of the columns, only those that leave
+    within the block change the state from one query to the next.
     """
     p, n = decode.keep.shape[-1], decode.visible.shape[2]
     features, rates = memory.key_features(key_states), memory.fading_rates()  # [b, g, p + n, r]
@@ -142,11 +162,11 @@ def _states(
         features = features * torch.exp(rates.unsqueeze(1) * torch.arange(-p, n, device=rates.device).unsqueeze(-1))
     remembered = memory.remembered(key_states, value_states).float()  # [b, g, p + n, *]
     folded = features[:, :, :p] * ~decode.keep.unsqueeze(-1)
-    late_features = columns(features, decode.order, p)  # [b, g, c, r]
-    late_pairs = late_features.unsqueeze(-1) * columns(remembered, decode.order, p).unsqueeze(-2)  # [b, g, c, r, *]
-    evicted = decode.evicted.float()
+    leaving, evicted = decode.leaving()  # [b, g, l], [b, g, n, l]
+    late_features = _tokens(features, leaving)  # [b, g, l, r]
+    late_pairs = late_features.unsqueeze(-1) * _tokens(remembered, leaving).unsqueeze(-2)  # [b, g, l, r, *]
     mass = folded.sum(dim=2, keepdim=True) + evicted @ late_features  # [b, g, n, r]
-    sums = (folded.transpose(-1, -2) @ remembered[:, :, :p]).unsqueeze(2)  # [b, g, 1, r, *]
+    sums = (folded.transpose(-1, -2) @ remembered[:, :, :p].detach()).unsqueeze(2)  # [b, g, 1, r, *]
     sums = sums + (evicted @ late_pairs.flatten(-2)).unflatten(-1, sums.shape[-2:])  # [b, g, n, r, *]
     log_mass = mass.clamp_min(LEAST_MASS).log()
     if rates is not None:
