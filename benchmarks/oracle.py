@@ -1,8 +1,7 @@
 """The ceiling of a low-rank state: what is recovered where each head's attention to evicted tokens is replaced by its best
 approximation of rank R, found with the queries, keys and kept sets of the text itself.
 
-    python benchmarks/oracle.py MODEL TEXT [--rank 8 …] [--sequences 4] [--prompt-length 512] [--decoded 128] [--budget 32]
-        [--policy h2o]
+    python benchmarks/oracle.py MODEL TEXT --rank 8 --sequences 4 --decoded 512 --policy h2o --budget 52
 
 For a KV head, E holds the attention weights of all decoded queries of its group (rows) to the tokens evicted when they
 attend (columns), as shares of the whole softmax. φ(q) ψ(k)ᵀ with any φ and ψ has rank R; the best one in the least-squares
@@ -10,12 +9,13 @@ sense is E's truncated singular value decomposition. Negative entries are cut of
 keys are those of the model under this attention; the kept sets are the dense model's under the policy. One JSON line.
 """
 
-import argparse
 import json
 import math
 from pathlib import Path
+from typing import Annotated
 
 import torch
+import typer
 from torch.nn.functional import cross_entropy
 from transformers import Cache
 
@@ -65,54 +65,58 @@ class OracleLayer(TrainingLayer):
         return output.transpose(1, 2).to(query_states.dtype), None
 
 
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("model")
-parser.add_argument("text", type=Path)
-parser.add_argument("--rank", type=int, nargs="+", default=[4, 8, 16])
-parser.add_argument("--sequences", type=int, default=4)
-parser.add_argument("--prompt-length", type=int, default=512)
-parser.add_argument("--decoded", type=int, default=128)
-parser.add_argument("--budget", type=int, default=32)
-parser.add_argument("--policy", default="h2o")
-arguments = parser.parse_args()
-p, n = arguments.prompt_length, arguments.decoded
-
-torch.manual_seed(0)  # the decomposition is randomised
-model, tokenizer = models.load(arguments.model)
-hook.install()
-layers = LESSKernels.untrained(model)
-if len(layers.config.layers or []) != layers.config.num_hidden_layers:
-    parser.error("expected a model of full-attention layers alone")
-example = Example(p, policy_class(arguments.policy).from_budget(arguments.budget))
-losses: dict[str, float] = {"full": 0.0, "policy": 0.0} | {f"rank {rank}": 0.0 for rank in arguments.rank}
-with torch.no_grad():
-    for tokens in stretches([arguments.text], tokenizer, arguments.sequences, p + n).split(1):
-        dense = teacher_cache(model.config, layers.config.layers)
+@torch.no_grad()
+def main(
+    model_name: Annotated[str, typer.Argument(metavar="MODEL", help="Folder, .gguf file or Hub id.")],
+    text: Annotated[Path, typer.Argument(metavar="TEXT", help="UTF-8 text.")],
+    rank: Annotated[list[int], typer.Option(metavar="R", help="Repeatable.")],
+    sequences: int = 4,
+    prompt_length: int = 512,
+    decoded: int = 128,
+    policy: str = "h2o",
+    budget: Annotated[int, typer.Option(metavar="TOKENS", help="Kept per KV head.")] = 32,
+    output: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the JSON line here too.")] = None,
+) -> None:
+    """Perplexity of the full cache, of the policy alone and with the best state of each rank."""
+    torch.manual_seed(0)  # the decomposition is randomised
+    model, tokenizer = models.load(model_name)
+    hook.install()
+    layers = LESSKernels.untrained(model).config.layers or []
+    if len(layers) != model.config.get_text_config(decoder=True).num_hidden_layers:
+        raise typer.BadParameter(f"{model_name}: expected a model of full-attention layers alone.")
+    p = prompt_length
+    example = Example(p, policy_class(policy).from_budget(budget))
+    losses: dict[str, float] = {"full": 0.0, "policy": 0.0} | {f"rank {each}": 0.0 for each in rank}
+    for tokens in stretches([text], tokenizer, sequences, p + decoded).split(1):
+        dense = teacher_cache(model.config, layers)
         logits = {"full": model(tokens, past_key_values=dense, use_cache=True).logits[:, p - 1 :]}
         teachers = [layer for layer in dense.layers if isinstance(layer, TeacherLayer)]
         scores = [next(teacher.scores_after([example])) for teacher in teachers]
-        decodes = roll_layers(teachers, example, scores, n)
-        for rank in (0, *arguments.rank):
+        decodes = roll_layers(teachers, example, scores, decoded)
+        for each in (0, *rank):
             made = zip(teachers, decodes, strict=True)
-            cache = Cache(layers=[OracleLayer(teacher, decode, rank) for teacher, decode in made])
+            cache = Cache(layers=[OracleLayer(teacher, decode, each) for teacher, decode in made])
             after_prompt = model(tokens[:, p:], past_key_values=cache, use_cache=True).logits
-            logits[f"rank {rank}" if rank else "policy"] = torch.cat([logits["full"][:, :1], after_prompt], dim=1)
-        for name, each in logits.items():
-            losses[name] += cross_entropy(each[0, :-1], tokens[0, p:], reduction="sum").item()
-perplexities = {name: math.exp(loss / (n * arguments.sequences)) for name, loss in losses.items()}
-lost = perplexities["policy"] - perplexities["full"]
-recovered = {name: round((perplexities["policy"] - value) / lost, 3) for name, value in perplexities.items()}
-print(
-    json.dumps(
-        {
-            "text": arguments.text.name,
-            "sequences": arguments.sequences,
-            "prompt_length": p,
-            "decoded": n,
-            "policy": example.policy.to_dict(),
-            "perplexity": {name: round(value, 2) for name, value in perplexities.items()},
-            "gap_recovered": recovered,
-            **machine.describe(model.device),
-        }
-    )
-)
+            logits[f"rank {each}" if each else "policy"] = torch.cat([logits["full"][:, :1], after_prompt], dim=1)
+        for name, by_token in logits.items():
+            losses[name] += cross_entropy(by_token[0, :-1], tokens[0, p:], reduction="sum").item()
+    perplexities = {name: math.exp(loss / (decoded * sequences)) for name, loss in losses.items()}
+    lost = perplexities["policy"] - perplexities["full"]
+    report = {
+        "text": text.name,
+        "sequences": sequences,
+        "prompt_length": p,
+        "decoded": decoded,
+        "policy": example.policy.to_dict(),
+        "perplexity": {name: round(value, 2) for name, value in perplexities.items()},
+        "gap_recovered": {name: round((perplexities["policy"] - value) / lost, 3) for name, value in perplexities.items()},
+        **machine.describe(model.device),
+    }
+    line = json.dumps(report)
+    typer.echo(line)
+    if output is not None:
+        output.write_text(line + "\n")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,88 @@
+"""The scripts in benchmarks/ that measure kernels, on a tiny model: what must come out whatever the kernels are."""
+
+import json
+import math
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+from test_cli import model, run, text  # noqa: F401
+
+from less_cache import LESSKernels
+
+
+def benchmark(script: str, words: list, monkeypatch, capsys) -> dict:
+    """The report of a script in benchmarks/."""
+    path = Path(__file__).parents[1] / "benchmarks" / script
+    monkeypatch.setattr(sys, "argv", [str(word) for word in (path, *words)])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(path), run_name="__main__")
+    assert ended.value.code == 0
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+def test_the_benchmark_of_lengths(model, text, tmp_path, monkeypatch, capsys):  # noqa: F811
+    """Every row says what it is of, and a policy that keeps everything is the full cache."""
+    tiny.tiny_kernels(tiny.tiny_llama()).save_pretrained(tmp_path / "kernels")
+    words = [model, tmp_path / "kernels", "--data", text, "--length", "40", "--sequences", "3", "--decoded", "4"]
+    words += ["--batch-size", "2", "--policy", "h2o", "--budget", "0.2", "--budget", "1"]
+    small, whole = benchmark("lengths.py", words, monkeypatch, capsys)["results"]
+    assert [(row["length"], sum(map(int, list(row["policy"].values())[1:]))) for row in (small, whole)] == [(40, 8), (40, 40)]
+    for name in ("less", "policy", "baseline+"):
+        assert len(small["caches"][name]["loss"]) == len(small["caches"][name]["divergence"]) == 3
+        assert min(small["caches"][name]["divergence"]) > 1e-4
+        assert whole["caches"][name]["loss"] == pytest.approx(whole["caches"]["full"]["loss"], abs=1e-4)
+        assert max(whole["caches"][name]["divergence"]) < 1e-5
+
+
+def test_the_benchmark_of_types(model, text, tmp_path, monkeypatch, capsys):  # noqa: F811
+    """As `less-cache eval perplexity` on the same kernels, and rounding changes little, but something."""
+    tiny.tiny_kernels(tiny.tiny_llama()).save_pretrained(tmp_path / "kernels")
+    lengths = ["--budget", "8", "--sequences", "3", "--prompt-length", "40", "--decoded", "8"]
+    words = [model, tmp_path / "kernels", "--data", text, *lengths, "--batch-size", "2"]
+    report = benchmark("dtypes.py", words, monkeypatch, capsys)
+
+    evaluated = run("eval", "perplexity", model, "--kernels", tmp_path / "kernels", "--data", text, *lengths)
+    full, alone, *_, less = json.loads(evaluated.stdout.splitlines()[-1])["results"][0]
+    assert (report["full"], report["policy_alone"]) == pytest.approx((full["perplexity"], alone["perplexity"]), rel=1e-5)
+    exact, *rounded = (report["dtypes"][name] for name in ("float32", "float16", "bfloat16"))
+    assert exact["perplexity"] == pytest.approx(less["perplexity"], rel=1e-5)
+    assert exact["weights_changed"] == exact["nats_lost"] == 0
+    for row in rounded:
+        assert row["file_bytes"] < exact["file_bytes"] and row["weights_changed"] > 0.9
+        assert 0 < abs(row["nats_lost"]) < 0.1 and len(row["nats_lost_by_batch"]) == 2
+        assert row["nats_lost"] == pytest.approx(math.log(row["perplexity"] / exact["perplexity"]), abs=1e-9)
+
+
+def test_the_benchmark_of_the_ceiling(model, text, monkeypatch, capsys):  # noqa: F811
+    """A rank that any attention of so few queries has recovers everything, and a lower one something."""
+    words = [model, text, "--rank", "1", "--rank", "16", "--sequences", "2", "--prompt-length", "40", "--decoded", "8"]
+    report = benchmark("oracle.py", [*words, "--budget", "8"], monkeypatch, capsys)
+    perplexity, recovered = report["perplexity"], report["gap_recovered"]
+    assert perplexity["policy"] != perplexity["full"] == perplexity["rank 16"]
+    assert recovered["rank 16"] == pytest.approx(1, abs=0.01) and recovered["policy"] == 0
+
+
+def test_the_benchmark_of_a_step_after_long_texts(model, tmp_path, monkeypatch, capsys):  # noqa: F811
+    tiny.tiny_kernels(tiny.tiny_llama()).save_pretrained(tmp_path / "kernels")
+    words = [model, tmp_path / "kernels", "--context", "20", "--context", "40", "--budget", "8"]
+    short, long = benchmark("constant_step.py", [*words, "--rounds", "2", "--tokens", "2"], monkeypatch, capsys)["results"]
+    assert (short["context"], long["context"]) == (20, 40) and short["bytes"] == long["bytes"]
+    assert short["ratio"] == 1 and long["ratio"] > 0
+
+
+def test_the_benchmark_of_choices(model, text, tmp_path, monkeypatch, capsys):  # noqa: F811
+    """Sets differ by their choice alone, and are not trained again by the same command."""
+    text.write_text(text.read_text() * 10)
+    words = [model, tmp_path / "sets", "--train-data", text, "--text", f"own={text}", "--steps", "1", "--stretches", "4"]
+    words += ["--set", "mixed", "--set", "no fading", "--dtype", "float32"]
+    left = benchmark("training_choices.py", words, monkeypatch, capsys)["divergence_left"]["own"]
+    assert all(0 < share < 10 for by_set in left.values() for share in by_set.values())
+    mixed, steady = (LESSKernels.from_pretrained(tmp_path / "sets" / name) for name in ("mixed", "no-fading"))
+    assert all(memory.fading[:, 1:].min() > 0 for memory in mixed.layers.values())
+    assert all(not memory.fading.any() for memory in steady.layers.values())
+    written = (tmp_path / "sets" / "mixed" / "less_kernels.safetensors").stat().st_mtime_ns
+    assert benchmark("training_choices.py", words, monkeypatch, capsys)["divergence_left"]["own"] == left
+    assert (tmp_path / "sets" / "mixed" / "less_kernels.safetensors").stat().st_mtime_ns == written
