@@ -154,7 +154,8 @@ def _states(
     """The state when each query attends: means `[b, g, n, r, *]` and log-masses `[b, g, 1, n, r]`.
 
     Pairs weigh what they do at the prompt's end, and fade from there to each query. Of the columns, only those that leave
-    within the block change the state from one query to the next.
+    within the block change the state from one query to the next. No gradient goes into the prompt's pairs: the dense model
+    made them.
     """
     p, n = decode.keep.shape[-1], decode.visible.shape[2]
     features, rates = memory.key_features(key_states), memory.fading_rates()  # [b, g, p + n, r]
