@@ -5,7 +5,7 @@
 At none should LESS be the worst of them. Each sequence is read at once but for the last tokens, which are decoded one by one
 through the real cache. Measured, in nats a token: the loss, and how far the distribution is from the full cache's (KL
 divergence), which a text of any length tells with far less noise. Prints a table, and one JSON line last, with every
-sequence's numbers.
+sequence's numbers. `--known`: an earlier report, for other kernels; what does not depend on them is taken from there.
 """
 
 import json
@@ -40,6 +40,7 @@ def main(
     decoded: int = 64,
     batch_size: int = 8,
     dtype: str = "float32",
+    known: Annotated[Path | None, typer.Option(metavar="FILE", help="An earlier report on the same text.")] = None,
     output: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the JSON line here too.")] = None,
 ) -> None:
     """Loss, and divergence from the full cache, of each cache on the same text."""
@@ -47,6 +48,8 @@ def main(
     kernels = LESSKernels.from_pretrained(folder)
     console = Console(stderr=True, highlight=False)
     table = Table("length", "policy", "cache", "nats a token", "KL from full", "LESS is nearer in")
+    asked = {"data": [path.name for path in data], "sequences": sequences, "decoded": decoded, "dtype": dtype}
+    earlier, origin = ({}, None) if known is None else read(known, {"model": without_folder(model_name), **asked})
     rows = []
     for tokens in length:
         texts = stretches(data, tokenizer, sequences, tokens)
@@ -59,30 +62,46 @@ def main(
         for used in (policy_class(name).from_budget(round(b * tokens)) for name in policy or POLICIES for b in budget):
             larger = with_state_bytes(used, kernels, model.dtype.itemsize)
             caches = {"less": (used, kernels), "policy": (used, None), "baseline+": (larger, None)}
-            results = {}
+            results = {"full": {"loss": losses(full, targets)}}
+            before = earlier.get((tokens, json.dumps(used.to_dict())), {})
+            if before and before["full"] != results["full"]:
+                raise typer.BadParameter(f"{known}: the full cache had other losses; expected those of this text and machine.")
             for name, (kept, state) in caches.items():
-                logits = logits_of(lambda kept=kept, state=state: LESSCache(model, kept, state))
-                results[name] = {"loss": losses(logits, targets), "divergence": divergences(logits, full)}
+                if state is None and before.get(name, {}).get("policy") == kept.to_dict():
+                    results[name] = before[name]
+                else:
+                    logits = logits_of(lambda kept=kept, state=state: LESSCache(model, kept, state))
+                    measured = {"loss": losses(logits, targets), "divergence": divergences(logits, full)}
+                    results[name] = {"policy": kept.to_dict(), **measured}
                 nearer = sum(map(operator.lt, results["less"]["divergence"], results[name]["divergence"]))
-                cells = [f"{statistics.fmean(numbers):.4f}" for numbers in results[name].values()]
+                cells = [f"{statistics.fmean(results[name][what]):.4f}" for what in ("loss", "divergence")]
                 table.add_row(f"{tokens:,}", repr(kept), name, *cells, "" if name == "less" else f"{nearer} of {sequences}")
                 console.print(f"{tokens:,} {kept} {name}", *cells, nearer)
-            results["full"] = {"loss": losses(full, targets)}
             rows.append({"length": tokens, "policy": used.to_dict(), "caches": results})
     console.print(table)
     report = {
         "benchmark": "lengths",
         "model": without_folder(model_name),
         "kernels_sha256": kernels.config.sha256,
-        "data": [path.name for path in data],
-        **{"sequences": sequences, "decoded": decoded, "dtype": dtype},
+        **asked,
         **describe(torch.device("cpu")),
+        "known": origin,
         "results": rows,
     }
     line = json.dumps(report)
     print(line)
     if output is not None:
         output.write_text(line + "\n")
+
+
+def read(known: Path, asked: dict) -> tuple[dict[tuple[int, str], dict], dict]:
+    """What each cache of an earlier report had, by length and policy, and where that was measured."""
+    report = json.loads(known.read_text())
+    for name, value in asked.items():
+        if report[name] != value:
+            raise typer.BadParameter(f"{known}: expected {name} {value}, as in this measurement, got {report[name]}.")
+    rows = {(row["length"], json.dumps(row["policy"])): row["caches"] for row in report["results"]}
+    return rows, {name: report[name] for name in ("machine", "versions", "commit")}
 
 
 def decoded_logits(model, texts: torch.Tensor, make: Callable[[], Cache], decoded: int, batch_size: int) -> torch.Tensor:

@@ -11,6 +11,7 @@ import tiny
 from test_cli import model, run, text  # noqa: F401
 
 from less_cache import LESSKernels
+from less_cache.evaluation import perplexity
 
 
 def benchmark(script: str, words: list, monkeypatch, capsys) -> dict:
@@ -35,6 +36,24 @@ def test_the_benchmark_of_lengths(model, text, tmp_path, monkeypatch, capsys):  
         assert min(small["caches"][name]["divergence"]) > 1e-4
         assert whole["caches"][name]["loss"] == pytest.approx(whole["caches"]["full"]["loss"], abs=1e-4)
         assert max(whole["caches"][name]["divergence"]) < 1e-5
+
+
+def test_lengths_are_not_measured_twice(model, text, tmp_path, monkeypatch, capsys):  # noqa: F811
+    """The report is the same, by the runs of the full cache and LESS alone; one on another text is refused."""
+    tiny.tiny_kernels(tiny.tiny_llama()).save_pretrained(tmp_path / "kernels")
+    words = [model, tmp_path / "kernels", "--data", text, "--length", "40", "--sequences", "3", "--decoded", "4"]
+    words += ["--policy", "h2o", "--budget", "0.2", "--output", tmp_path / "report.json"]
+    anew = benchmark("lengths.py", words, monkeypatch, capsys)
+    caches, decode = [], perplexity.decode
+    monkeypatch.setattr(perplexity, "decode", lambda *given: caches.append(type(given[2]).__name__) or decode(*given))
+    spared = benchmark("lengths.py", [*words, "--known", tmp_path / "report.json"], monkeypatch, capsys)
+    assert spared == {**anew, "known": {name: anew[name] for name in ("machine", "versions", "commit")}}
+    assert caches == ["DynamicCache", "LESSCache"]
+
+    text.write_text(text.read_text()[::-1])
+    with pytest.raises(AssertionError):
+        benchmark("lengths.py", [*words, "--known", tmp_path / "report.json"], monkeypatch, capsys)
+    assert "the full cache had other losses" in capsys.readouterr().err.replace("\n", " ")
 
 
 def test_the_benchmark_of_types(model, text, tmp_path, monkeypatch, capsys):  # noqa: F811
