@@ -20,7 +20,7 @@ from kvpress_side import decode_seconds, ratios
 from safetensors.torch import save_file
 from transformers import DynamicCache
 
-from less_cache import H2O, LESSCache, LESSKernels, machine, models
+from less_cache import H2O, LESSCache, LESSKernels, machine, models, outputs
 from less_cache.evaluation.perplexity import measure, stretches
 
 KVPRESS, TRANSFORMERS = "kvpress==0.5.5", "transformers>=5.2,<5.3"
@@ -83,10 +83,7 @@ def main() -> None:
         "less_cache": {"rows": ours, "speed": ratios(runs, args.rounds)},
         "kvpress": theirs,
     }
-    line = json.dumps(report)
-    if args.output is not None:
-        args.output.write_text(line + "\n")
-    print(line)
+    outputs.finish(report, args.output)
 
 
 if __name__ == "__main__":

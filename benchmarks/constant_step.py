@@ -8,13 +8,13 @@ the same round, median.
 """
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
 
+from less_cache import outputs
 from less_cache.bench.command import without_folder
 from less_cache.bench.contenders import Contest
 from less_cache.bench.options import BenchOptions
@@ -63,10 +63,7 @@ def main(
             for length, cache in caches.items()
         ],
     }
-    line = json.dumps(report)
-    typer.echo(line)
-    if output is not None:
-        output.write_text(line + "\n")
+    outputs.finish(report, output)
 
 
 if __name__ == "__main__":

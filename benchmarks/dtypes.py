@@ -7,7 +7,6 @@ for each type the bytes of the file, the share of weights that rounding changes,
 many nats a token it costs against float32, on the whole and in each batch of sequences.
 """
 
-import json
 import math
 import tempfile
 from pathlib import Path
@@ -17,7 +16,7 @@ import torch
 import typer
 from transformers import Cache, DynamicCache
 
-from less_cache import LESSCache, LESSKernels, models
+from less_cache import LESSCache, LESSKernels, models, outputs
 from less_cache.bench.command import without_folder
 from less_cache.cli import parse_budget
 from less_cache.evaluation.perplexity import perplexity, stretches
@@ -93,10 +92,7 @@ def main(
         "policy_alone": alone,
         "dtypes": rows,
     }
-    line = json.dumps(report)
-    if output is not None:
-        output.write_text(line + "\n")
-    print(line)
+    outputs.finish(report, output)
 
 
 if __name__ == "__main__":

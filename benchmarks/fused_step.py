@@ -11,7 +11,6 @@ largest number that an error stands beside, `other_tokens` the steps after which
 
 import importlib
 import itertools
-import json
 import os
 import time
 from pathlib import Path
@@ -21,7 +20,7 @@ from unittest import mock
 import torch
 import typer
 
-from less_cache import H2O, SinkRecent, machine
+from less_cache import H2O, SinkRecent, machine, outputs
 from less_cache import layer as layer_module
 from less_cache.bench.timing import Spread, alternate, ratios
 from less_cache.kernels import MEMORIES
@@ -72,10 +71,7 @@ def main(
         "timing": "unmeasured: no GPU" if interpreted else timing(device, rounds),
     }
     assert form == "native" or not fused._failed, "the kernels did not run"
-    line = json.dumps(report)
-    print(line)
-    if output is not None:
-        output.write_text(line + "\n")
+    outputs.finish(report, output)
 
 
 def errors(policy, memory: str | None, dtype: torch.dtype, steps: int, query_heads: int, head_dim: int) -> dict:

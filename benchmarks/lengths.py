@@ -22,7 +22,7 @@ from rich.table import Table
 from torch.nn.functional import cross_entropy, kl_div
 from transformers import Cache, DynamicCache
 
-from less_cache import LESSCache, LESSKernels, models
+from less_cache import LESSCache, LESSKernels, models, outputs
 from less_cache.bench.command import without_folder
 from less_cache.evaluation.perplexity import decode, stretches, with_state_bytes
 from less_cache.machine import describe
@@ -88,10 +88,7 @@ def main(
         "known": origin,
         "results": rows,
     }
-    line = json.dumps(report)
-    print(line)
-    if output is not None:
-        output.write_text(line + "\n")
+    outputs.finish(report, output)
 
 
 def read(known: Path, asked: dict) -> tuple[dict[tuple[int, str], dict], dict]:

@@ -9,7 +9,6 @@ sense is E's truncated singular value decomposition. Negative entries are cut of
 keys are those of the model under this attention; the kept sets are the dense model's under the policy. One JSON line.
 """
 
-import json
 import math
 from pathlib import Path
 from typing import Annotated
@@ -19,7 +18,7 @@ import typer
 from torch.nn.functional import cross_entropy
 from transformers import Cache
 
-from less_cache import LESSKernels, hook, machine, models
+from less_cache import LESSKernels, hook, machine, models, outputs
 from less_cache.attention import attention_logits
 from less_cache.evaluation.perplexity import stretches
 from less_cache.policies import policy_class
@@ -112,10 +111,7 @@ def main(
         "gap_recovered": {name: round((perplexities["policy"] - value) / lost, 3) for name, value in perplexities.items()},
         **machine.describe(model.device),
     }
-    line = json.dumps(report)
-    typer.echo(line)
-    if output is not None:
-        output.write_text(line + "\n")
+    outputs.finish(report, output)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ import torch
 import typer
 from torch.nn.functional import kl_div
 
-from less_cache import CORM, H2O, LESSKernels, SinkRecent, hook, models
+from less_cache import CORM, H2O, LESSKernels, SinkRecent, hook, models, outputs
 from less_cache.bench.command import without_folder
 from less_cache.evaluation.perplexity import stretches
 from less_cache.hub import CONFIG_NAME
@@ -169,10 +169,7 @@ def main(
         "text": [Path(named.partition("=")[2]).name for named in text],
     }
     report = {"benchmark": "training_choices", **names, **options, **describe(torch.device("cpu")), "divergence_left": left}
-    line = json.dumps(report)
-    typer.echo(line)
-    if output is not None:
-        output.write_text(line + "\n")
+    outputs.finish(report, output)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,12 @@ def check(output: Path | None, plot: Path | None) -> None:
         plots.check_format(_format(plot))
 
 
-def finish(report: dict[str, Any], output: Path | None, plot: Path | None, draw: Callable[[dict[str, Any]], Any]) -> None:
+def finish(
+    report: dict[str, Any],
+    output: Path | None,
+    plot: Path | None = None,
+    draw: Callable[[dict[str, Any]], Any] = lambda report: None,
+) -> None:
     """Print the line, write it to `output`, and write what `draw` makes of it to `plot`."""
     line = json.dumps(report)
     print(line)
