@@ -75,9 +75,9 @@ class LayerMemory(nn.Module, abc.ABC):
 class TrainedMemory(LayerMemory):
     """A memory with learned weights. Virtual token r is a weighted mean of the evicted pairs, of total weight Z_r:
 
-        logit_r(q) = log φ_r(q) + log Z_r    Z_r = Σ e^{−λ_r a} ψ_r(k)    value_r = Σ e^{−λ_r a} ψ_r(k) v / Z_r
+        logit_r(q) = log φ_r(q) + log W_r    Z_r = Σ e^{−λ_r a} ψ_r(k)    value_r = Σ e^{−λ_r a} ψ_r(k) v / Z_r
 
-    a: how many tokens ago the pair came. Only a memory with `fading_rates` λ fades. φ has weights for every query head, ψ for
+    a: how many tokens ago the pair came. Only a memory with `fading_rates` λ fades. W is Z unless `log_weights` bounds it. φ has weights for every query head, ψ for
     every KV head: the first dimension of each parameter is the head.
 
     Args:
@@ -123,6 +123,10 @@ class TrainedMemory(LayerMemory):
     def fading_rates(self) -> torch.Tensor | None:
         """λ, nats a token, `[g, r]`, not negative; None: a pair weighs as much after any time."""
         return None
+
+    def log_weights(self, log_mass: torch.Tensor) -> torch.Tensor:
+        """log W of virtual tokens with these log Z: `[b, g, 1, n, r]`."""
+        return log_mass
 
     def remembered(self, key_states: torch.Tensor, value_states: torch.Tensor) -> torch.Tensor:
         """What the state keeps weighted means of, `[b, g, m, *]`: the values, then whatever else φ reads."""
@@ -171,9 +175,10 @@ class TrainedMemory(LayerMemory):
         later: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         means, rates = state.means(), self.fading_rates()  # [b, g, r, *]
-        logits = self.log_query_features(query_states, means.unsqueeze(2), scaling, softcap) + state.log_mass()
+        log_mass = state.log_mass()
         if rates is not None and later is not None:
-            logits = logits - rates[:, None, None] * later[:, None, None, :, None]
+            log_mass = log_mass - rates[:, None, None] * later[:, None, None, :, None]  # [b, g, 1, n, r]
+        logits = self.log_query_features(query_states, means.unsqueeze(2), scaling, softcap) + self.log_weights(log_mass)
         return logits.clamp_min(LOWEST), self.values_of(means)
 
     def values_of(self, means: torch.Tensor) -> torch.Tensor:

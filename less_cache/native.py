@@ -79,7 +79,7 @@ class Step(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("values_sum", "features_sum", "keys_sum", "squares_sum")),
         ("query_network", Network),
         ("key_network", Network),
-        *((name, ctypes.c_void_p) for name in ("fading", "output")),
+        *((name, ctypes.c_void_p) for name in ("fading", "limit", "output")),
     ]
 
 
@@ -171,7 +171,7 @@ def step(layer: Any, call: AttentionCall) -> torch.Tensor | None:
         arguments.features_sum = layer.state.features_sum.data_ptr()
         arguments.query_network = Network(*(pointers.get(name) for name in query))
         arguments.key_network = Network(*(pointers.get(name) for name in key))
-        arguments.fading = pointers.get("fading")
+        arguments.fading, arguments.limit = pointers.get("fading"), pointers.get("limit")
     library.less_step(ctypes.byref(arguments))
     return output
 

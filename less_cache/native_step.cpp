@@ -62,6 +62,7 @@ struct Step {
     Network query_network;  // of g·s heads
     Network key_network;    // of g heads
     const float *fading;    // [g, r], √λ, or null
+    const float *limit;     // [g, r], log L, or null
     void *output;           // [b, g, s, w]
 };
 
@@ -201,7 +202,8 @@ void share_attention(
     }
     float most = largest;
     for (int64_t j = 0; j < r; j++) {
-        logits[j] = masses[j] > 0 ? logits[j] + std::log(masses[j]) : -INFINITE; // an empty one has no share
+        const float limit = step.limit ? std::log1p(masses[j] * std::exp(-step.limit[head % step.g * r + j])) : 0.0f;
+        logits[j] = masses[j] > 0 ? logits[j] + std::log(masses[j]) - limit : -INFINITE; // an empty one has no share
         most = std::max(most, logits[j]);
     }
     float total = shares[0] = mass * std::exp(largest - most);

@@ -27,10 +27,11 @@ def reference_attention(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What a `LESSLayer` must give for tokens that were fed in `blocks`, in float64.
 
-        w_ij = e^{l_ij} where query i sees token j, Σ_r φ_r(q_i) ψ_r(k_j) e^{−λ_r (i − j)} where j is evicted, otherwise 0
+        w_ij = e^{l_ij} where query i sees token j, Σ_r φ_r(q_i) β_ir ψ_r(k_j) e^{−λ_r (i − j)} where j is evicted, otherwise 0
         out_i = Σ_j w_ij v_j / Σ_j w_ij
 
-    This is the formula of LESS with H and z written out as sums over the evicted tokens, whose means φ may read. A query
+    This is the formula of LESS with H and z written out as sums over the evicted tokens, whose means φ may read. β is 1 but
+    where a memory bounds the weight of a virtual token, to W_r of Z_r: then it is W_r / Z_r. A query
     sees the tokens that were kept before its block and those of its block up to itself; after every block there is one
     selection, by the policy's own methods over columns for all T tokens (position -1: padding, evicted or not yet there).
 
@@ -101,7 +102,9 @@ def reference_attention(
             mass = folded.sum(3).unsqueeze(-1).clamp_min(torch.finfo(torch.float32).tiny)  # [b, g, n, r, 1]
             means = (folded.transpose(-1, -2) @ remembered / mass).float()  # [b, g, n, r, *]
             log_query_features = kernels.log_query_features(query_states[:, :, rows], means, scaling, softcap)
-            weights = sparse + torch.einsum("bgsnr,bgntr->bgsnt", log_query_features.double().exp(), folded)
+            log_mass = mass.squeeze(-1).log().unsqueeze(2)  # [b, g, 1, n, r]
+            query_features = (log_query_features.double() + kernels.log_weights(log_mass) - log_mass).exp()
+            weights = sparse + torch.einsum("bgsnr,bgntr->bgsnt", query_features, folded)
         outputs.append(weights @ values / (weights.sum(-1, keepdim=True) + sink_mass))
 
         observed = sparse / (sparse.sum(-1, keepdim=True) + sink_mass) * real[:, None, None, rows, None]

@@ -7,13 +7,14 @@ import math
 
 import torch
 from torch import nn
-from torch.nn.functional import gelu, rms_norm
+from torch.nn.functional import gelu, rms_norm, softplus
 
 from less_cache.attention import group_heads
 from less_cache.memory import TrainedMemory, by_head, by_row
 
 LIGHT = -3.0  # nats on a centroid's logit before training: at first the state hardly matters
 MOST_WEIGHT = 20.0  # |log ψ| at most
+HEAVIEST = 1024.0  # tokens that weigh as much as a centroid of any number can, before training
 SLOWEST, FASTEST = 1 / 512, 1 / 32  # nats a token: how fast the centroids but the first fade before training
 
 
@@ -21,9 +22,10 @@ class LayerSoftCentroids(TrainedMemory):
     """Every evicted pair joins all R centroids, each with a learned weight; a centroid has a mean key and a mean value.
 
         ψ_r(k) = exp( a_r(k / |k|) )                           H_r = Σ e^{−λ_r t} ψ_r(k) (v, k) = Z_r (v̄_r, k̄_r)
-        logit_r(q) = log Z_r + q·k̄_r / √d + c_r(q / |q|)       value_r = v̄_r
+        logit_r(q) = log W_r + q·k̄_r / √d + c_r(q / |q|)       W_r = 1 / (1 / Z_r + 1 / L_r)       value_r = v̄_r
 
-    t: how many tokens ago a pair came. λ_r = f_r² is learned for each KV head; the first centroid never fades, for f = 0
+    t: how many tokens ago a pair came. L_r is learned for each KV head: a centroid of few tokens weighs as much as they do,
+    one of any number less than L_r, so that the text can go on for ever without the kept tokens being drowned. λ_r = f_r² is learned for each KV head; the first centroid never fades, for f = 0
     has no gradient. Where φ of the low-rank state is the same function for every text, q·k̄_r follows what was evicted,
     and a centroid that fades follows where the text is. a and c are
     networks of one hidden layer with a linear path beside it,
@@ -37,11 +39,12 @@ class LayerSoftCentroids(TrainedMemory):
 
     query_bias: nn.Parameter
     fading: nn.Parameter  # f
+    limit: nn.Parameter  # log L
 
     @staticmethod
     def shapes(h: int, g: int, d: int, m: int, rank: int) -> dict[str, tuple[int, ...]]:
         r = rank // 2
-        shapes: dict[str, tuple[int, ...]] = {"fading": (g, r)}
+        shapes: dict[str, tuple[int, ...]] = {"fading": (g, r), "limit": (g, r)}
         for side, heads in (("query", h), ("key", g)):
             shapes |= {
                 f"{side}_in": (heads, d, m),  # W1
@@ -60,6 +63,7 @@ class LayerSoftCentroids(TrainedMemory):
                 bound = (6 / (parameter.shape[-2] + parameter.shape[-1])) ** 0.5
                 nn.init.uniform_(parameter, -bound, bound, generator=generator)
         nn.init.constant_(self.query_bias, LIGHT)
+        nn.init.constant_(self.limit, math.log(HEAVIEST))
         if self.num_virtual_tokens > 1:
             rates = torch.logspace(math.log2(SLOWEST), math.log2(FASTEST), self.num_virtual_tokens - 1, base=2)
             with torch.no_grad():
@@ -67,6 +71,9 @@ class LayerSoftCentroids(TrainedMemory):
 
     def fading_rates(self) -> torch.Tensor:
         return self.fading.square()
+
+    def log_weights(self, log_mass: torch.Tensor) -> torch.Tensor:
+        return log_mass - softplus(log_mass - self.limit[:, None, None])
 
     def key_features(self, key_states: torch.Tensor) -> torch.Tensor:
         return self._network("key", key_states).clamp(-MOST_WEIGHT, MOST_WEIGHT).exp()

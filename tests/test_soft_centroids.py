@@ -11,7 +11,7 @@ from strategies import SEEDS
 from less_cache import LESSConfig, LESSError, LESSKernels
 from less_cache.config import MEMORY_NAMES
 from less_cache.kernels import MEMORIES
-from less_cache.soft_centroids import LIGHT, LayerSoftCentroids
+from less_cache.soft_centroids import HEAVIEST, LIGHT, LayerSoftCentroids
 
 H, G, D, M, RANK = 2, 1, 4, 3, 6
 
@@ -57,7 +57,9 @@ def test_virtual_tokens_are_the_formula(softcap, seed):
             for i in range(5):
                 dot = 0.5 * float(query[0, head, i].double() @ mean_key)
                 dot = dot if softcap is None else softcap * math.tanh(dot / softcap)
-                expected = math.log(mass) - rates[r] * i + dot + network(centroids, "query", head, query[0, head, i])[r]
+                limit = math.exp(float(centroids.limit[0, r]))
+                weight_then = 1 / (1 / (mass * math.exp(-rates[r] * i)) + 1 / limit)
+                expected = math.log(weight_then) + dot + network(centroids, "query", head, query[0, head, i])[r]
                 assert logits[0, 0, head, i, r].item() == pytest.approx(expected, rel=1e-4, abs=1e-4)
 
 
@@ -90,7 +92,16 @@ def test_before_training_a_centroid_is_about_the_mean_pair_and_light():
     state = centroids.empty_state(1, G, D, key.device)
     centroids.fold_in(state, key, value, torch.ones(1, G, 50, dtype=torch.bool), torch.zeros(1, G, 50), torch.zeros(1, 1, 1))
     logits, _ = centroids.virtual_tokens(state, query, scaling=0.5)
-    torch.testing.assert_close(logits[0, 0, :, 0], (state.features_sum[0].log() + LIGHT).expand(H, -1))
+    weights = 1 / (1 / state.features_sum[0] + 1 / HEAVIEST)
+    torch.testing.assert_close(logits[0, 0, :, 0], (weights.log() + LIGHT).expand(H, -1))
+
+
+@pytest.mark.parametrize("mass", [1e-30, 1e-3, 1.0, 1e3, 1e9, 1e30])
+def test_a_centroid_weighs_as_its_tokens_but_never_more_than_its_limit(mass):
+    centroids, log_mass = memory(), torch.full((1, G, 1, 1, RANK // 2), math.log(mass))
+    weights, limit = centroids.log_weights(log_mass).exp()[0, :, 0, 0], centroids.limit.exp()  # [g, r]
+    torch.testing.assert_close(weights, (1 / (1 / mass + 1 / limit.double())).float())
+    assert (weights <= limit.clamp_max(mass) * (1 + 1e-5)).all()
 
 
 def test_an_empty_state_has_no_weight():

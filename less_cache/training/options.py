@@ -36,12 +36,12 @@ class TrainingOptions:
     policies: tuple[str, ...] = ("h2o", "h2o", "sink_recent", "corm")
     least_budget: float = 0.02
     most_budget: float = 0.2
-    prompts: tuple[int, ...] = (256, 512, 512, 1024, 1024, 2048)
+    prompts: tuple[int, ...] = (256, 512, 512, 1024, 1024, 2048) * 2 + (4096,)
     prompts_per_sequence: int = 1
     decoded: int = 128
     sequences: int = 24
     layerwise_steps: int = 0
-    joint_steps: int = 730
+    joint_steps: int = 690
     batch_size: int = 2
     layerwise_learning_rate: float = 2e-3
     joint_learning_rate: float = 8e-3

@@ -137,7 +137,8 @@ def attend(
     everything = [logits]
     if memory is not None:
         means, log_mass = _states(decode, key_states, value_states, memory)
-        everything.append(memory.log_query_features(query_states, means, scaling, softcap) + log_mass)
+        log_weights = memory.log_weights(log_mass)  # [b, g, 1, n, r]
+        everything.append(memory.log_query_features(query_states, means, scaling, softcap) + log_weights)
     if sinks is not None:
         everything.append(sinks.float().view(1, g, s, 1, 1).expand(b, g, s, n, 1))
     weights = torch.cat(everything, dim=-1).softmax(dim=-1)
