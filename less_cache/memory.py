@@ -77,8 +77,8 @@ class TrainedMemory(LayerMemory):
 
         logit_r(q) = log φ_r(q) + log W_r    Z_r = Σ e^{−λ_r a} ψ_r(k)    value_r = Σ e^{−λ_r a} ψ_r(k) v / Z_r
 
-    a: how many tokens ago the pair came. Only a memory with `fading_rates` λ fades. W is Z unless `log_weights` bounds it. φ has weights for every query head, ψ for
-    every KV head: the first dimension of each parameter is the head.
+    a: how many tokens ago the pair came. Only a memory with `fading_rates` λ fades. W is Z unless `log_weights` bounds it. φ
+    has weights for every query head, ψ for every KV head: the first dimension of each parameter is the head.
 
     Args:
         rank: The state takes at most the bytes of a low-rank state of this rank.

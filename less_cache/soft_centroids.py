@@ -14,7 +14,7 @@ from less_cache.memory import TrainedMemory, by_head, by_row
 
 LIGHT = -3.0  # nats on a centroid's logit before training: at first the state hardly matters
 MOST_WEIGHT = 20.0  # |log ψ| at most
-HEAVIEST = 1024.0  # tokens that weigh as much as a centroid of any number can, before training
+HEAVIEST = 1024.0  # tokens: a centroid of any number weighs less than so many, before training
 SLOWEST, FASTEST = 1 / 512, 1 / 32  # nats a token: how fast the centroids but the first fade before training
 
 
@@ -24,11 +24,11 @@ class LayerSoftCentroids(TrainedMemory):
         ψ_r(k) = exp( a_r(k / |k|) )                           H_r = Σ e^{−λ_r t} ψ_r(k) (v, k) = Z_r (v̄_r, k̄_r)
         logit_r(q) = log W_r + q·k̄_r / √d + c_r(q / |q|)       W_r = 1 / (1 / Z_r + 1 / L_r)       value_r = v̄_r
 
-    t: how many tokens ago a pair came. L_r is learned for each KV head: a centroid of few tokens weighs as much as they do,
-    one of any number less than L_r, so that the text can go on for ever without the kept tokens being drowned. λ_r = f_r² is learned for each KV head; the first centroid never fades, for f = 0
-    has no gradient. Where φ of the low-rank state is the same function for every text, q·k̄_r follows what was evicted,
-    and a centroid that fades follows where the text is. a and c are
-    networks of one hidden layer with a linear path beside it,
+    t: how many tokens ago a pair came. λ_r = f_r² is learned for each KV head; the first centroid never fades, for f = 0
+    has no gradient. L_r is learned for each KV head too: a centroid of few tokens weighs as much as they do, one of any number
+    less than L_r, so that a text without end does not drown what is kept. Where φ of the low-rank state is the same function
+    for every text, q·k̄_r follows what was evicted, and a centroid that fades follows where the text is. a and c are networks
+    of one hidden layer with a linear path beside it,
 
         a(x) = GELU(x W1 + b1) W2 + x W3 + b2
 
