@@ -9,7 +9,7 @@ counted as operations that are neither views nor empty tensors (`tests/test_fuse
     kernels              PyTorch    fused: Triton + PyTorch
     none                 40         1 + 1
     low rank             75         2 + 25
-    trained centroids    98         2 + 47
+    trained centroids    97         2 + 46
 
 `LESSLayer._step` is the oracle, and takes every step that `can` refuses. Its rules stand here a second time: those of
 `attention.less_attention`, and `observe`, `protected`, `capacity` and `victim` of the policies in `POLICIES`.

@@ -174,8 +174,8 @@ class TrainedMemory(LayerMemory):
         softcap: float | None = None,
         later: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        means, rates = state.means(), self.fading_rates()  # [b, g, r, *]
-        log_mass = state.log_mass()
+        means, log_mass = state.means(), state.log_mass()  # [b, g, r, *], [b, g, 1, 1, r]
+        rates = None if later is None else self.fading_rates()
         if rates is not None and later is not None:
             log_mass = log_mass - rates[:, None, None] * later[:, None, None, :, None]  # [b, g, 1, n, r]
         logits = self.log_query_features(query_states, means.unsqueeze(2), scaling, softcap) + self.log_weights(log_mass)
