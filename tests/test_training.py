@@ -24,10 +24,11 @@ from less_cache.kernels import MEMORIES
 from less_cache.layer import LESSLayer
 from less_cache.training import TokenSampler, TrainingOptions, estimate, train
 from less_cache.training import joint as joint_module
+from less_cache.training import layers as layers_module
 from less_cache.training.capture import CaptureLayer, Shard, layer_folder, shard_path
 from less_cache.training.data import hub_text, own_text
 from less_cache.training.joint import distances
-from less_cache.training.layers import TeacherLayer, roll_layers, student_cache, teacher_cache
+from less_cache.training.layers import StudentLayer, TeacherLayer, apart, roll_layers, student_cache, teacher_cache
 from less_cache.training.options import Example, draw_examples, falling
 from less_cache.training.processes import Processes
 from less_cache.training.simulate import Decode, attend, columns
@@ -73,6 +74,30 @@ def test_simulated_decoding_equals_the_cache(policy, memory, with_sinks):
     logits = attention_logits(queries[:, :, p:], columns(keys, decode.order, p), decode.visible, d**-0.5)
     simulated = attend(decode, queries[:, :, p:], keys, values, kernels, logits, d**-0.5, sinks=teacher.sinks)
     torch.testing.assert_close(simulated, cached, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("memory", [None, *MEMORIES])
+@pytest.mark.parametrize("with_sinks", [False, True])
+def test_a_student_knows_how_far_its_attention_is_from_a_full_cache(memory, with_sinks):
+    h, g, d, p, n = 4, 2, 8, 20, 6
+    queries, keys, values = tiny.random_states(1, h, g, p + n, d)
+    teacher, module = TeacherLayer(), torch.nn.Identity()
+    sinks = {"s_aux": torch.linspace(-1, 2, h)} if with_sinks else {}
+    dense, _ = teacher.attend(tiny.plain_attention, module, queries, keys, values, None, scaling=d**-0.5, **sinks)
+    example = Example(p, SinkRecent(2, 3))
+    (decode,) = roll_layers([teacher], example, list(teacher.scores_after([example])), n)
+    kernels = tiny.layer_kernels(h, g, d, memory=memory) if memory else None
+    student = StudentLayer(teacher, decode, kernels)
+    output, _ = student.attend(tiny.plain_attention, module, *(x[:, :, p:] for x in (queries, keys, values)), None)
+    mine, full = output[:, [1, 5]], dense[:, [p + 1, p + 5]]  # the last token and every fourth before it
+    torch.testing.assert_close(student.error, (mine - full).square().sum() / full.square().sum(), rtol=1e-4, atol=1e-6)
+    assert student.error > 1e-3
+
+    all_kept = Example(p, SinkRecent(p, n))
+    (decode,) = roll_layers([teacher], all_kept, list(teacher.scores_after([all_kept])), n)
+    student = StudentLayer(teacher, decode, None)
+    student.attend(tiny.plain_attention, module, *(x[:, :, p:] for x in (queries, keys, values)), None)
+    assert student.error < 1e-10
 
 
 def test_a_centroid_that_has_faded_has_finite_gradients():
@@ -139,11 +164,15 @@ def test_how_far_layers_are_apart():
     assert distances(student, dense).tolist() == [0.25, 0]  # not of the embeddings, which come first
 
 
-def test_the_joint_loss_counts_what_every_layer_hands_on(tmp_path, monkeypatch):
-    """Without the term of the layers, the first step's gradient is another one."""
+@pytest.mark.parametrize("term", ["what layers hand on", "their attention"])
+def test_the_joint_loss_counts_every_layer(term, tmp_path, monkeypatch):
+    """Without a term of the layers, the first step's gradient is another one."""
     trained = []
     for weight in (1, 0):
-        monkeypatch.setattr(joint_module, "distances", lambda *states, weight=weight: distances(*states) ** weight)
+        if term == "what layers hand on":
+            monkeypatch.setattr(joint_module, "distances", lambda *states, weight=weight: distances(*states) ** weight)
+        else:
+            monkeypatch.setattr(layers_module, "apart", lambda *states, weight=weight: apart(*states) ** weight)
         options = dataclasses.replace(TINY, layerwise_steps=0, joint_steps=1)
         trained.append(train(tiny.tiny_llama(), sampler(), options, tmp_path / str(weight)).state_dict())
     assert any((trained[0][name] != trained[1][name]).float().mean() > 0.05 for name in trained[0])

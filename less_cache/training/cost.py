@@ -15,6 +15,7 @@ from less_cache.errors import LESSError
 from less_cache.families import full_attention_layers, geometry
 from less_cache.kernels import MEMORIES
 from less_cache.training import capture, joint
+from less_cache.training.layers import EVERY
 from less_cache.training.options import Example, TrainingOptions, draw_examples
 
 
@@ -83,6 +84,10 @@ def estimate(model: PreTrainedModel, options: TrainingOptions, own_text: bool = 
             total += 2 * (h * n + g * (p + n)) * (d * m + m * r) + 4 * h * n * c * d + 2 * g * n * c * r * (d + 1)
         return 3 * total
 
+    def compared(example: Example) -> float:
+        """One layer's attention to a full cache, of the tokens that it is compared for."""
+        return 4 * h * math.ceil(n / EVERY) * (example.prompt_length + n) * d
+
     def shard(examples: Sequence[Example]) -> int:
         t = examples[-1].prompt_length + n
         scores = sum(4 * g * example.prompt_length for example in examples)
@@ -114,7 +119,9 @@ def estimate(model: PreTrainedModel, options: TrainingOptions, own_text: bool = 
         own_text=written,
         capture=sum(map(dense, examples)),
         layerwise=layers * options.layerwise_steps * mean,
-        joint=sum(dense(each) + layers * less(each) + 6 * parameters * n * len(each) for each in drawn),
+        joint=sum(
+            dense(each) + layers * (less(each) + sum(map(compared, each))) + 6 * parameters * n * len(each) for each in drawn
+        ),
         disk=layers * sum(map(shard, examples)) + projections + 6 * kernel_bytes,
         memory=parameters * itemsize + (4 + 2 * options.batch_size) * kernel_bytes + activations * itemsize + backward,
         backward=backward,

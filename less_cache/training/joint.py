@@ -1,11 +1,14 @@
 """The second stage: all kernels at once, on the model's output with LESS in every layer.
 
-Loss of a block of decoded tokens, with x_l what layer l of L hands on to the next, the last one behind the model's last norm:
+Loss of a block of decoded tokens, with x_l what layer l of L hands on to the next, the last one behind the model's last norm,
+and o_l the layer's attention output, which õ_l would be if the same queries read a full cache of the same pairs:
 
     log KL(full cache || LESS)  +  1/L Σ_l log( |x_l − x_l of the full cache|² / |x_l of the full cache|² )
+                                +  1/L Σ_l log( |o_l − õ_l|² / |õ_l|² )
 
 Logarithms, so that what counts is the share of the divergence that goes: small budgets, which lose ten times as much, would
-drown the others. The output alone tells a layer little about its own part of the error; the second term does.
+drown the others. The output alone tells a layer little about its own part of the error; the second term tells more, and the
+third what this layer's own state has lost, whatever the layers before it did.
 
 Each sequence of a step is a unit of its own: one dense forward for all its prompts, then a block of decoded tokens a prompt.
 Processes share the units out and the units' gradients are added in one order, so that any number of processes ends with the
@@ -24,7 +27,7 @@ from transformers import Cache, PreTrainedModel
 from less_cache.errors import LESSError
 from less_cache.kernels import LESSKernels
 from less_cache.training.data import TokenSampler
-from less_cache.training.layers import TeacherLayer, roll_layers, student_cache, teacher_cache
+from less_cache.training.layers import StudentLayer, TeacherLayer, apart, roll_layers, student_cache, teacher_cache
 from less_cache.training.muon import Muon
 from less_cache.training.options import Example, TrainingOptions, draw_examples, falling
 from less_cache.training.processes import Processes
@@ -111,10 +114,13 @@ class JointStage:
             del full  # with what layers hand on of the prompt
         total = 0.0
         for example, span, target, states, decodes in zip(examples, spans, targets, handed_on, rolls, strict=True):
-            less = self._forward(tokens[:, span], student_cache(dense, example, decodes, self.kernels))
+            students = student_cache(dense, example, decodes, self.kernels)
+            less = self._forward(tokens[:, span], students)
             log_target = target.float().log_softmax(-1)
             divergence = kl_div(less.logits.float().log_softmax(-1), log_target, reduction="sum", log_target=True) / n
-            loss = torch.log(divergence + LITTLE) + torch.log(distances(less.hidden_states, states) + LITTLE_APART).mean()
+            errors = torch.stack([layer.error for layer in students.layers if isinstance(layer, StudentLayer)])
+            handed = distances(less.hidden_states, states)
+            loss = torch.log(divergence + LITTLE) + log_mean(handed) + log_mean(errors)
             (loss / len(examples)).backward()
             total += divergence.item() / len(examples)
         return total
@@ -142,7 +148,11 @@ class JointStage:
         self.losses = state["losses"]
 
 
+def log_mean(shares: torch.Tensor) -> torch.Tensor:
+    """Mean logarithm of the layers' shares; those far below `LITTLE_APART` hardly count."""
+    return torch.log(shares + LITTLE_APART).mean()
+
+
 def distances(hidden_states: Sequence[torch.Tensor], dense: Sequence[torch.Tensor]) -> torch.Tensor:
     """|x − x dense|² / |x dense|² of what each layer hands on, `[layers]`; each `[b, n, hidden]`, the embeddings first."""
-    pairs = [(states.float(), target.float()) for states, target in zip(hidden_states[1:], dense[1:], strict=True)]
-    return torch.stack([(states - target).square().mean() / target.square().mean() for states, target in pairs])
+    return torch.stack([apart(states, target) for states, target in zip(hidden_states[1:], dense[1:], strict=True)])

@@ -41,7 +41,7 @@ class TrainingOptions:
     decoded: int = 128
     sequences: int = 24
     layerwise_steps: int = 0
-    joint_steps: int = 690
+    joint_steps: int = 800
     batch_size: int = 2
     layerwise_learning_rate: float = 2e-3
     joint_learning_rate: float = 8e-3
