@@ -93,12 +93,15 @@ def main(
 
 def read(known: Path, asked: dict) -> tuple[dict[tuple[int, str], dict], dict]:
     """What each cache of an earlier report had, by length and policy, and where that was measured."""
-    report = json.loads(known.read_text())
-    for name, value in asked.items():
-        if report[name] != value:
-            raise typer.BadParameter(f"{known}: expected {name} {value}, as in this measurement, got {report[name]}.")
-    rows = {(row["length"], json.dumps(row["policy"])): row["caches"] for row in report["results"]}
-    return rows, {name: report[name] for name in ("machine", "versions", "commit")}
+    try:
+        report = json.loads(known.read_text())
+        for name, value in asked.items():
+            if report[name] != value:
+                raise typer.BadParameter(f"{known}: expected {name} {value}, as in this measurement, got {report[name]}.")
+        rows = {(row["length"], json.dumps(row["policy"])): row["caches"] for row in report["results"]}
+        return rows, {name: report[name] for name in ("machine", "versions", "commit")}
+    except (ValueError, KeyError) as error:
+        raise typer.BadParameter(f"{known}: expected a report of benchmarks/lengths.py, got {error!r}.") from error
 
 
 def decoded_logits(model, texts: torch.Tensor, make: Callable[[], Cache], decoded: int, batch_size: int) -> torch.Tensor:

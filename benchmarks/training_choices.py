@@ -27,7 +27,7 @@ from less_cache.evaluation.perplexity import stretches
 from less_cache.hub import CONFIG_NAME
 from less_cache.machine import describe
 from less_cache.soft_centroids import LayerSoftCentroids
-from less_cache.training import TokenSampler, TrainingOptions, joint, tokenize, train
+from less_cache.training import TokenSampler, TrainingOptions, joint, layers, tokenize, train
 from less_cache.training.layers import StudentLayer, TeacherLayer, roll_layers, student_cache, teacher_cache
 from less_cache.training.options import Example
 
@@ -52,6 +52,7 @@ SETS: dict[str, dict] = {
     "no fading": {},
     "later layers in the loss": {},
     "earlier layers in the loss": {},
+    "attention not in the loss": {},
     "rank 16": {"rank": 16},
     "rank by layer": {"rank": ranks_by_error()},
     "hidden 128": {"hidden_size": 128},
@@ -84,11 +85,17 @@ def earlier(hidden_states, dense, distances=joint.distances) -> torch.Tensor:
     return distances(hidden_states, dense)[: (len(dense) - 1) // 2]
 
 
+def constant(states, target) -> torch.Tensor:
+    """In the place of how far a layer's attention is from a full cache."""
+    return torch.ones(())
+
+
 # What these sets differ in is no option.
 PATCHES = {
     "no fading": patch.object(LayerSoftCentroids, "reset_parameters", reset_without_fading),
     "later layers in the loss": patch.object(joint, "distances", later),
     "earlier layers in the loss": patch.object(joint, "distances", earlier),
+    "attention not in the loss": patch.object(layers, "apart", constant),
 }
 
 

@@ -55,6 +55,12 @@ def test_lengths_are_not_measured_twice(model, text, tmp_path, monkeypatch, caps
         benchmark("lengths.py", [*words, "--known", tmp_path / "report.json"], monkeypatch, capsys)
     assert "the full cache had other losses" in capsys.readouterr().err.replace("\n", " ")
 
+    report = json.loads((tmp_path / "report.json").read_text())
+    (tmp_path / "report.json").write_text(json.dumps({**report, "results": [{"length": 40}]}))
+    with pytest.raises(AssertionError):
+        benchmark("lengths.py", [*words, "--known", tmp_path / "report.json"], monkeypatch, capsys)
+    assert "expected a report of benchmarks/lengths.py" in " ".join(capsys.readouterr().err.replace("│", " ").split())
+
 
 def test_the_benchmark_of_types(model, text, tmp_path, monkeypatch, capsys):  # noqa: F811
     """As `less-cache eval perplexity` on the same kernels, and rounding changes little, but something."""
@@ -96,10 +102,12 @@ def test_the_benchmark_of_choices(model, text, tmp_path, monkeypatch, capsys):  
     """Sets differ by their choice alone, and are not trained again by the same command."""
     text.write_text(text.read_text() * 10)
     words = [model, tmp_path / "sets", "--train-data", text, "--text", f"own={text}", "--steps", "1", "--stretches", "4"]
-    words += ["--set", "mixed", "--set", "no fading", "--dtype", "float32"]
+    words += ["--set", "mixed", "--set", "no fading", "--set", "attention not in the loss", "--dtype", "float32"]
     left = benchmark("training_choices.py", words, monkeypatch, capsys)["divergence_left"]["own"]
     assert all(0 < share < 10 for by_set in left.values() for share in by_set.values())
-    mixed, steady = (LESSKernels.from_pretrained(tmp_path / "sets" / name) for name in ("mixed", "no-fading"))
+    names = ("mixed", "no-fading", "attention-not-in-the-loss")
+    mixed, steady, unaware = (LESSKernels.from_pretrained(tmp_path / "sets" / name) for name in names)
+    assert any((mixed.state_dict()[name] != other).any() for name, other in unaware.state_dict().items())
     assert all(memory.fading[:, 1:].min() > 0 for memory in mixed.layers.values())
     assert all(not memory.fading.any() for memory in steady.layers.values())
     written = (tmp_path / "sets" / "mixed" / "less_kernels.safetensors").stat().st_mtime_ns

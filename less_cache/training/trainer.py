@@ -38,7 +38,7 @@ from less_cache.training.options import TrainingOptions
 from less_cache.training.processes import Processes
 
 WORK_NAME = "work"
-FORMAT = 3  # of what `work/` holds, and of what the stages do with it
+FORMAT = 4  # of what `work/` holds, and of what the stages do with it
 OF_JOINT = ("joint_steps", "joint_learning_rate")  # options that the first stage does not depend on
 LOG_NAME = "training_log.json"
 
