@@ -20,7 +20,7 @@ from less_cache.memory import TrainedMemory
 from less_cache.training.options import Example
 from less_cache.training.simulate import Decode, attend, columns, roll
 
-EVERY = 4  # tokens of which one is compared with a full cache: as good as all, in a quarter of the time
+EVERY = 4  # tokens of which one is compared with a full cache: nearly as good as all, in a quarter of the time
 
 
 class TrainingLayer(CacheLayerMixin):

@@ -22,8 +22,8 @@ class TrainingOptions:
         sequences: Sequences captured for the first stage; one in eight is left out there, and measures what each layer has
             reached, with the first stage or without. All stages draw stretches of the same texts.
         layerwise_steps: Steps a layer of the first stage, a sequence each: each layer matches its own dense output.
-        joint_steps: Steps of the second stage: all layers run under LESS, the model's output distribution is matched, and what
-            each layer hands on.
+        joint_steps: Steps of the second stage: all layers run under LESS, the model's output distribution is matched, what each
+            layer hands on, and what its attention reads.
         batch_size: Sequences a step of the second stage.
         layerwise_learning_rate: Adam's, at the start; falls to 0 in a straight line.
         joint_learning_rate: Muon's and Adam's; rises over the first steps, then falls in the same way.
