@@ -5,8 +5,12 @@
 Each set is trained jointly for a few steps, prompts of 512 tokens and 128 decoded, and kept in FOLDER: the same command
 goes on there. Measured: KL(full cache || LESS) / KL(full cache || policy alone), means over the decoded tokens of all
 stretches, for every policy at 5 % of the tokens and H2O at three more budgets. The first sets differ in the policies or the
-budget trained with, which with the columns gives the transfer matrix; the others differ from `mixed` in one thing. One JSON
-line last.
+budget trained with, which with the columns gives the transfer matrix; the others differ from `mixed` in one thing. Finished
+sets are measured beside them, or alone:
+
+    python benchmarks/training_choices.py MODEL --finished hub=hub/smollm2-135m-instruct-h2o --text novel=novel.txt
+
+One JSON line last.
 """
 
 import contextlib
@@ -139,22 +143,34 @@ def divergences(model, tokens: torch.Tensor, sets: dict[str, LESSKernels]) -> di
 
 def main(
     model_name: Annotated[str, typer.Argument(metavar="MODEL")],
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER")],
-    train_data: Annotated[list[Path], typer.Option(metavar="TEXT", help="Text file or folder; repeatable, equal shares.")],
     text: Annotated[list[str], typer.Option(metavar="NAME=FILE", help="Text to measure on; repeatable.")],
+    folder: Annotated[Path | None, typer.Argument(metavar="FOLDER", help="Of the sets trained here.")] = None,
+    train_data: Annotated[
+        list[Path] | None, typer.Option(metavar="TEXT", help="Text file or folder; repeatable, equal shares.")
+    ] = None,
     steps: int = 60,
     stretch_count: Annotated[int, typer.Option("--stretches", help="Of each text, four at once.")] = 16,
-    only: Annotated[list[str] | None, typer.Option("--set", metavar="NAME", help="Repeatable. Default: all.")] = None,
+    only: Annotated[list[str] | None, typer.Option("--set", metavar="NAME", help="To train; repeatable. Default: all.")] = None,
+    finished: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=FOLDER", help="Kernels to measure; repeatable. No others unless --set.")
+    ] = None,
     dtype: str = "bfloat16",
     output: Annotated[Path | None, typer.Option(metavar="FILE")] = None,
 ) -> None:
     """Train small sets that differ in one choice, and print what share of each policy's divergence they leave."""
+    names = only or ([] if finished else list(SETS))
+    if names and (folder is None or not train_data):
+        raise typer.BadParameter("expected FOLDER and --train-data for the sets to train, or --finished and no --set.")
     model, tokenizer = models.load(model_name, dtype=models.weights_type(dtype))
     hook.install()
-    sources = [sorted(path.glob("*.txt")) if path.is_dir() else [path] for path in train_data]
-    sampler = TokenSampler([[tokenize(file.read_text("utf-8"), tokenizer) for file in source] for source in sources])
     sets = {}
-    for name in only or SETS:
+    for named in finished or []:
+        title, _, path = named.partition("=")
+        sets[title] = LESSKernels.from_pretrained(path).float()
+    if names:
+        sources = [sorted(path.glob("*.txt")) if path.is_dir() else [path] for path in train_data]
+        sampler = TokenSampler([[tokenize(file.read_text("utf-8"), tokenizer) for file in source] for source in sources])
+    for name in names:
         sets[name] = trained(name, model, sampler, folder / name.replace(" ", "-"), steps, dtype)
         typer.echo(f"trained: {name}", err=True)
     left: dict[str, dict[str, dict[str, float]]] = {}
@@ -169,13 +185,11 @@ def main(
             }
             for used in USED
         }
-    options = {"steps": steps, "stretches": stretch_count, "prompt": PROMPT, "decoded": DECODED, "dtype": dtype}
-    names = {
-        "model": without_folder(model_name),
-        "train_data": [path.name for path in train_data],
-        "text": [Path(named.partition("=")[2]).name for named in text],
-    }
-    report = {"benchmark": "training_choices", **names, **options, **describe(torch.device("cpu")), "divergence_left": left}
+    options = {"stretches": stretch_count, "prompt": PROMPT, "decoded": DECODED, "dtype": dtype}
+    if names:
+        options |= {"steps": steps, "train_data": [path.name for path in train_data]}
+    described = {"model": without_folder(model_name), "text": [Path(named.partition("=")[2]).name for named in text]}
+    report = {"benchmark": "training_choices", **described, **options, **describe(torch.device("cpu")), "divergence_left": left}
     outputs.finish(report, output)
 
 

@@ -113,3 +113,7 @@ def test_the_benchmark_of_choices(model, text, tmp_path, monkeypatch, capsys):  
     written = (tmp_path / "sets" / "mixed" / "less_kernels.safetensors").stat().st_mtime_ns
     assert benchmark("training_choices.py", words, monkeypatch, capsys)["divergence_left"]["own"] == left
     assert (tmp_path / "sets" / "mixed" / "less_kernels.safetensors").stat().st_mtime_ns == written
+
+    finished = ["--finished", f"done={tmp_path / 'sets' / 'mixed'}", "--text", f"own={text}", "--stretches", "4"]
+    report = benchmark("training_choices.py", [model, *finished, "--dtype", "float32"], monkeypatch, capsys)
+    assert report["divergence_left"]["own"] == {used: {"done": by_set["mixed"]} for used, by_set in left.items()}
