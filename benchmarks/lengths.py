@@ -49,7 +49,7 @@ def main(
     console = Console(stderr=True, highlight=False)
     table = Table("length", "policy", "cache", "nats a token", "KL from full", "LESS is nearer in")
     asked = {"data": [path.name for path in data], "sequences": sequences, "decoded": decoded, "dtype": dtype}
-    earlier, origin = ({}, None) if known is None else read(known, {"model": without_folder(model_name), **asked})
+    earlier = {} if known is None else read(known, {"model": without_folder(model_name), **asked})
     rows = []
     for tokens in length:
         texts = stretches(data, tokenizer, sequences, tokens)
@@ -64,7 +64,7 @@ def main(
             caches = {"less": (used, kernels), "policy": (used, None), "baseline+": (larger, None)}
             results = {"full": {"loss": losses(full, targets)}}
             before = earlier.get((tokens, json.dumps(used.to_dict())), {})
-            if before and before["full"] != results["full"]:
+            if before and before["full"]["loss"] != results["full"]["loss"]:
                 raise typer.BadParameter(f"{known}: the full cache had other losses; expected those of this text and machine.")
             for name, (kept, state) in caches.items():
                 if state is None and before.get(name, {}).get("policy") == kept.to_dict():
@@ -85,21 +85,25 @@ def main(
         "kernels_sha256": kernels.config.sha256,
         **asked,
         **describe(torch.device("cpu")),
-        "known": origin,
         "results": rows,
     }
     outputs.finish(report, output)
 
 
-def read(known: Path, asked: dict) -> tuple[dict[tuple[int, str], dict], dict]:
-    """What each cache of an earlier report had, by length and policy, and where that was measured."""
+def read(known: Path, asked: dict) -> dict[tuple[int, str], dict]:
+    """What each cache of an earlier report had, by length and policy, with machine, versions and commit of its measurement."""
     try:
         report = json.loads(known.read_text())
         for name, value in asked.items():
             if report[name] != value:
                 raise typer.BadParameter(f"{known}: expected {name} {value}, as in this measurement, got {report[name]}.")
-        rows = {(row["length"], json.dumps(row["policy"])): row["caches"] for row in report["results"]}
-        return rows, {name: report[name] for name in ("machine", "versions", "commit")}
+        origin = {name: report[name] for name in ("machine", "versions", "commit")}
+        return {
+            (row["length"], json.dumps(row["policy"])): {
+                name: {"origin": origin, **each} for name, each in row["caches"].items()
+            }
+            for row in report["results"]
+        }
     except (ValueError, KeyError) as error:
         raise typer.BadParameter(f"{known}: expected a report of benchmarks/lengths.py, got {error!r}.") from error
 

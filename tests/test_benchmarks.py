@@ -39,7 +39,9 @@ def test_the_benchmark_of_lengths(model, text, tmp_path, monkeypatch, capsys):  
 
 
 def test_lengths_are_not_measured_twice(model, text, tmp_path, monkeypatch, capsys):  # noqa: F811
-    """The report is the same, by the runs of the full cache and LESS alone; one on another text is refused."""
+    """The report is the same, by the runs of the full cache and LESS alone, and says where the others were made; one on
+    another text is refused.
+    """
     tiny.tiny_kernels(tiny.tiny_llama()).save_pretrained(tmp_path / "kernels")
     words = [model, tmp_path / "kernels", "--data", text, "--length", "40", "--sequences", "3", "--decoded", "4"]
     words += ["--policy", "h2o", "--budget", "0.2", "--output", tmp_path / "report.json"]
@@ -47,8 +49,10 @@ def test_lengths_are_not_measured_twice(model, text, tmp_path, monkeypatch, caps
     caches, decode = [], perplexity.decode
     monkeypatch.setattr(perplexity, "decode", lambda *given: caches.append(type(given[2]).__name__) or decode(*given))
     spared = benchmark("lengths.py", [*words, "--known", tmp_path / "report.json"], monkeypatch, capsys)
-    assert spared == {**anew, "known": {name: anew[name] for name in ("machine", "versions", "commit")}}
-    assert caches == ["DynamicCache", "LESSCache"]
+    origin = {name: anew[name] for name in ("machine", "versions", "commit")}
+    for name in ("policy", "baseline+"):
+        assert spared["results"][0]["caches"][name].pop("origin") == origin
+    assert spared == anew and caches == ["DynamicCache", "LESSCache"]
 
     text.write_text(text.read_text()[::-1])
     with pytest.raises(AssertionError):

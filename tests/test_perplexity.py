@@ -39,18 +39,26 @@ def test_fractions_have_no_bytes_yet():
 
 
 def test_a_report_spares_what_it_has_measured(model, text, tmp_path, monkeypatch):  # noqa: F811
-    """The same report as without it, by one measurement instead of six; another protocol is refused."""
+    """The same report as without it, by one measurement instead of six, which says where the others were made, also where
+    they come from a report that had them from another; another protocol is refused.
+    """
     tiny.tiny_kernels(tiny.tiny_llama()).save_pretrained(tmp_path / "kernels")
     words = ["eval", "perplexity", model, "--data", text, "--budget", 8]
     words += ["--sequences", 2, "--prompt-length", 40, "--decoded", 8]
     assert run(*words, "--output", tmp_path / "before.json").exit_code == 0
+    before = json.loads((tmp_path / "before.json").read_text())
+    (tmp_path / "before.json").write_text(json.dumps({**before, "commit": "the first"}))
     words += ["--kernels", tmp_path / "kernels"]
     anew = json.loads(run(*words).stdout.splitlines()[-1])
     calls, measured = [], perplexity.perplexity
     monkeypatch.setattr(perplexity, "perplexity", lambda *given: calls.append(given) or measured(*given))
     spared = json.loads(run(*words, "--known", tmp_path / "before.json").stdout.splitlines()[-1])
-    origin = {name: anew[name] for name in ("machine", "versions", "commit")}
-    assert spared == {**anew, "known": origin} and anew["known"] is None and len(calls) == 1
+    origin = {"commit": "the first", **{name: anew[name] for name in ("machine", "versions")}}
+    *others, less = anew["results"][0]
+    assert spared == {**anew, "results": [[{**row, "origin": origin} for row in others] + [less]]} and len(calls) == 1
+    assert all(row["origin"] is None for row in anew["results"][0])
+    (tmp_path / "between.json").write_text(json.dumps(spared))
+    assert json.loads(run(*words, "--known", tmp_path / "between.json").stdout.splitlines()[-1]) == spared
 
     kept = text.read_text()
     text.write_text(kept[::-1])  # another text of the same name

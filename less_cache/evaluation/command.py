@@ -47,7 +47,9 @@ def run(
     kernels = LESSKernels.from_pretrained(kernels_name) if kernels_name else None
     for path in data:
         if not path.is_file():  # reported before the model is loaded
-            raise LESSError(f"Expected a text file, got {path}, which does not exist.")
+            raise LESSError(
+                f"Expected a text file, got {path}, which {'is not a file' if path.exists() else 'does not exist'}."
+            )
     protocol = {
         "model": model_name,
         "data": [path.name for path in data],
@@ -61,7 +63,7 @@ def run(
     model, tokenizer = models.load(model_name, dtype=weights_type)
     tokens = stretches(data, tokenizer, sequences, prompt_length + decoded)
     protocol |= {"weights": fingerprint(model), "tokens_sha256": hashlib.sha256(tokens.numpy().tobytes()).hexdigest()}
-    measured, origin = ([], None) if known is None else read(known, protocol)
+    measured = [] if known is None else read(known, protocol)
     batches = -(-sequences // batch_size)
     results: list[list[dict]] = []
     for policy in policies:
@@ -75,22 +77,22 @@ def run(
         results.append([dataclasses.asdict(row) for row in rows])
     sha256 = kernels.config.sha256 if kernels is not None else None
     described = machine.describe(model.device)
-    report = {**protocol, "kernels_sha256": sha256, "less_cache": __version__, **described, "known": origin, "results": results}
+    report = {**protocol, "kernels_sha256": sha256, "less_cache": __version__, **described, "results": results}
     outputs.finish(report, output, plot, lambda report: draw({", ".join(report["data"]): report}))
 
 
-def read(report: Path, protocol: dict) -> tuple[list[Measurement], dict]:
-    """What a report of the same protocol measured, and its machine, versions and commit."""
+def read(report: Path, protocol: dict) -> list[Measurement]:
+    """What a report of the same protocol measured, each with its origin."""
     try:
         written = json.loads(report.read_text("utf-8"))
-        rows = [Measurement(**row) for rows in written["results"] for row in rows]
         origin = {name: written[name] for name in ("machine", "versions", "commit")}
+        rows = [Measurement(**{**row, "origin": row.get("origin") or origin}) for rows in written["results"] for row in rows]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise LESSError(f"Expected --known to be a report of eval perplexity, got {report}: {error!r}") from error
     for name, value in protocol.items():
         if written.get(name) != value:
             raise LESSError(f"{report}: expected {name} {value!r}, as in this measurement, got {written.get(name)!r}.")
-    return rows, origin
+    return rows
 
 
 def table(title: str, rows: list[Measurement]) -> Table:

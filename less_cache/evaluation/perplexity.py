@@ -31,6 +31,8 @@ class Measurement:
         bytes: Held by the cache after the last token, mean over sequences.
         tokens: Kept by a KV head after the last token, mean over KV heads, layers and sequences; None: not measured.
         gap_recovered: (policy − this) / (policy − full), in perplexity; None where it says nothing.
+        origin: Machine, versions and commit of a measurement that was taken from an earlier report; None: measured with
+            the others.
     """
 
     cache: str
@@ -39,6 +41,7 @@ class Measurement:
     bytes: float
     tokens: float | None = None
     gap_recovered: float | None = None
+    origin: dict | None = None
 
 
 def stretches(texts: Sequence[Path], tokenizer, count: int, length: int) -> torch.Tensor:
