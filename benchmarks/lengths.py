@@ -98,12 +98,11 @@ def read(known: Path, asked: dict) -> dict[tuple[int, str], dict]:
             if report[name] != value:
                 raise typer.BadParameter(f"{known}: expected {name} {value}, as in this measurement, got {report[name]}.")
         origin = {name: report[name] for name in ("machine", "versions", "commit")}
-        return {
-            (row["length"], json.dumps(row["policy"])): {
-                name: {"origin": origin, **each} for name, each in row["caches"].items()
-            }
-            for row in report["results"]
-        }
+        rows = {}
+        for row in report["results"]:
+            caches = {name: {"origin": origin, **each} for name, each in row["caches"].items()}
+            rows[row["length"], json.dumps(row["policy"])] = caches
+        return rows
     except (ValueError, KeyError) as error:
         raise typer.BadParameter(f"{known}: expected a report of benchmarks/lengths.py, got {error!r}.") from error
 

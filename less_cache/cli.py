@@ -6,6 +6,7 @@ from typing import Annotated, Any
 from less_cache.bench.options import CACHES, DEFAULTS, BenchOptions
 from less_cache.errors import LESSError
 from less_cache.models import DEFAULT_MODEL
+from less_cache.policies import POLICIES
 from less_cache.training.options import TrainingOptions
 from less_cache.version import __version__
 
@@ -27,6 +28,7 @@ class OneLineErrors(TyperGroup):
             raise typer.Exit(1) from error
 
 
+LENGTHS = f"{min(TrainingOptions.prompts)} to {max(TrainingOptions.prompts)}"
 app = typer.Typer(cls=OneLineErrors, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 
@@ -61,7 +63,7 @@ def demo(
     kernels: Annotated[
         str | None, typer.Option(metavar="NAME", help="Folder or Hub id, or 'none'. Default: the catalogue's for this model.")
     ] = None,
-    policy: Annotated[str, typer.Option(metavar="NAME", help="Which tokens stay: h2o, sink_recent or corm.")] = "h2o",
+    policy: Annotated[str, typer.Option(metavar="NAME", help=f"Which tokens stay: {', '.join(POLICIES)}.")] = "h2o",
     budget: Annotated[
         Any,
         typer.Option(parser=parse_budget, metavar="SIZE", help="Tokens that stay per KV head, or a share of the prompt."),
@@ -104,10 +106,10 @@ def train(
     ] = "0.02-0.2",
     prompt_length: Annotated[
         list[int] | None,
-        typer.Option(min=1, metavar="TOKENS", help="Repeatable. Default: 256 to 2048, 512 and 1024 twice."),
+        typer.Option(min=1, metavar="TOKENS", help=f"Repeatable. Default: {LENGTHS} as far as they fit the model."),
     ] = None,
     sequences: Annotated[
-        int, typer.Option(min=2, help="Sequences captured for the first stage, and texts of one's own that 'self' writes.")
+        int, typer.Option(min=2, help="Sequences captured for the layers' own steps and to measure them; texts of 'self'.")
     ] = TrainingOptions.sequences,
     layerwise_steps: Annotated[
         int, typer.Option(min=0, help="Steps of each layer on its own attention output.")
@@ -116,10 +118,10 @@ def train(
         int, typer.Option(min=0, help="Steps on the model's output, all layers under LESS.")
     ] = TrainingOptions.joint_steps,
     layerwise_learning_rate: Annotated[
-        float, typer.Option(help="Highest of these steps; falls to 0.")
+        float, typer.Option(help="Of the layers' own steps, at the start; falls to 0.")
     ] = TrainingOptions.layerwise_learning_rate,
     joint_learning_rate: Annotated[
-        float, typer.Option(help="Highest of the joint steps; falls to 0.")
+        float, typer.Option(help="Of the joint steps, at its highest; falls to 0.")
     ] = TrainingOptions.joint_learning_rate,
     batch_size: Annotated[int, typer.Option(min=1, help="Sequences a joint step.")] = TrainingOptions.batch_size,
     memory: Annotated[str, typer.Option(help="soft_centroids, or low_rank: the paper's φ and ψ.")] = TrainingOptions.memory,
@@ -247,8 +249,8 @@ def perplexity(
         list[str],
         typer.Option("--budget", metavar="SIZE", help="Tokens that stay per KV head, or a share of the prompt; repeatable."),
     ],
-    kernels: Annotated[str | None, typer.Option(metavar="NAME", help="Folder or Hub id; without it, the policy alone.")] = None,
-    policy: Annotated[str, typer.Option(metavar="NAME", help="Which tokens stay: h2o, sink_recent or corm.")] = "h2o",
+    kernels: Annotated[str | None, typer.Option(metavar="NAME", help="Folder or Hub id. Default: none are measured.")] = None,
+    policy: Annotated[str, typer.Option(metavar="NAME", help=f"Which tokens stay: {', '.join(POLICIES)}.")] = "h2o",
     sequences: Annotated[int, typer.Option(min=1, help="Stretches of text, evenly spaced.")] = 16,
     prompt_length: Annotated[int, typer.Option(min=2, help="Tokens read at once at the start of each.")] = 512,
     decoded: Annotated[int, typer.Option(min=1, help="Tokens scored after the prompt, one by one.")] = 128,
@@ -262,7 +264,7 @@ def perplexity(
         Path | None, typer.Option(metavar="FILE", help="Draw perplexity over bytes, such as perplexity.png.")
     ] = None,
 ) -> None:
-    """Perplexity of text decoded token by token: full cache, policy, policy with the state's bytes, and LESS."""
+    """Perplexity of text decoded token by token: full cache, policy, policy with the state's bytes, untrained state, LESS."""
     from less_cache.evaluation.command import run
 
     sizes = [parse_budget(budget) for budget in budgets]
@@ -292,7 +294,7 @@ def bench(
     ],
     random: Annotated[bool, typer.Option("--random", help="Random weights of the model's shape.")] = False,
     kernels: Annotated[str | None, typer.Option(metavar="NAME", help="Folder or Hub id. Default: random ones.")] = None,
-    policy: Annotated[str, typer.Option(metavar="NAME", help="Which tokens stay: h2o, sink_recent or corm.")] = "h2o",
+    policy: Annotated[str, typer.Option(metavar="NAME", help=f"Which tokens stay: {', '.join(POLICIES)}.")] = "h2o",
     budget: Annotated[
         Any,
         typer.Option(parser=parse_budget, metavar="SIZE", help="Tokens that stay per KV head, or a share of each context."),

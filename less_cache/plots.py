@@ -11,7 +11,7 @@ def figure(panels: int) -> tuple[Any, list[Any]]:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise LESSError("A plot needs matplotlib: pip install 'less-cache[train]'. Or leave the plot out.") from error
+        raise LESSError("A plot needs matplotlib: pip install 'less-cache[train]'.") from error
     made = Figure(figsize=(5 * panels, 3.7), layout="constrained")
     return made, list(made.subplots(1, panels, squeeze=False)[0])
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import pytest
 import tiny
 import zoo
@@ -23,7 +24,7 @@ from less_cache import LESSKernels, demo
 from less_cache.cli import app
 from less_cache.families import fingerprint
 from less_cache.hub import catalogue
-from less_cache.training import command
+from less_cache.training import TrainingOptions, command
 from less_cache.training.cost import Cost
 
 TEXT = "It is a truth universally acknowledged, that a single man must be in want of a wife. " * 8
@@ -115,6 +116,23 @@ def test_train_then_evaluate(model, text, tmp_path):
     assert report["results"][0][0] == report["results"][1][0]  # the full cache is the same, and measured once
     assert [row["cache"] for row in report["results"][0]] == ["full", "policy", "baseline+", "baseline+", "untrained", "less"]
     assert report["results"][1][1]["policy"] == {"name": "h2o", "heavy": 6, "recent": 6}
+
+
+def test_train_on_a_dataset_of_the_hub(model, tmp_path, monkeypatch):
+    """Streamed, by its id and configuration, as far as the steps need."""
+    asked, read = [], []
+
+    def rows():
+        for row in itertools.count():
+            read.append(row)
+            yield {"text": TEXT}
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda *given, **options: asked.append((given, options)) or rows())
+    steps = ("--joint-steps", 1, "--prompt-length", 40, "--sequences", 2, "--hidden-size", 4)
+    trained = run("train", model, "--data", "org/books:en", "--output", tmp_path / "kernels", *steps)
+    assert trained.exit_code == 0, trained.output
+    assert asked == [(("org/books", "en"), {"split": "train", "streaming": True})] and len(read) < 50
+    assert LESSKernels.from_pretrained(tmp_path / "kernels").config.training["data"] == ["org/books:en"]
 
 
 def test_two_processes_train_one_set(model, text, tmp_path):
@@ -221,6 +239,14 @@ def test_a_dry_run_says_what_it_takes_and_writes_nothing(model, text, tmp_path):
     assert not (tmp_path / "kernels").exists()
 
 
+@pytest.mark.parametrize(("context", "longest"), [(2**20, 4096), (4096, 2048), (640, 512), (100, 4096)])
+def test_prompts_of_the_default_fit_the_model(context, longest):
+    """Where one does; what was asked for is left as it is."""
+    short = tiny.tiny_llama(max_position_embeddings=context)
+    assert max(command.fit(TrainingOptions(), short).prompts) == longest
+    assert command.fit(TrainingOptions(prompts=(4096,)), short).prompts == (4096,)
+
+
 @pytest.mark.parametrize("benchmark", ["decode", "prefill", "memory", "batch"])
 def test_bench_ends_in_a_report_and_a_picture(benchmark, model, tmp_path):
     options = {
@@ -279,6 +305,7 @@ BAD = {
     "evaluated budget": (("eval", "perplexity", "MODEL", "--data", "TEXT", "--budget", "1.5"), "got 1.5"),
     "evaluated type": (("eval", "perplexity", "MODEL", "--data", "TEXT", "--budget", "8", "--dtype", "int8"), "got 'int8'"),
     "evaluated text": (("eval", "perplexity", "MODEL", "--data", "absent.txt", "--budget", "8"), "absent.txt"),
+    "evaluated folder": (("eval", "perplexity", "MODEL", "--data", ".", "--budget", "8"), "got ., which is no file"),
     "benched cache": (("bench", "decode", "MODEL", "--cache", "paged"), "paged"),
     "benched dtype": (("bench", "memory", "MODEL", "--dtype", "int8"), "int8"),
     "benched policy": (("bench", "prefill", "MODEL", "--policy", "h3o"), "h3o"),
@@ -305,6 +332,12 @@ BAD = {
     ),
     "too much text": (("eval", "perplexity", "MODEL", "--data", "TEXT", "--budget", "8"), "got 680 tokens"),
 }
+
+
+def test_text_in_another_encoding_is_an_error(model, text):
+    text.write_bytes("né".encode("latin-1") * 100)
+    result = run("eval", "perplexity", model, "--data", text, "--budget", 8, "--prompt-length", 40, "--decoded", 8)
+    assert result.exit_code == 1 and "expected text in UTF-8" in result.stderr.splitlines()[-1]
 
 
 @pytest.mark.parametrize("name", BAD)

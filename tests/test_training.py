@@ -1,6 +1,7 @@
 """Training: the simulation equals the cache it stands for, runs survive anything, the model is left alone."""
 
 import dataclasses
+import io
 import json
 import os
 import signal
@@ -16,10 +17,12 @@ import pytest
 import tiny
 import torch
 import zoo
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import MistralConfig, MistralForCausalLM
 
 from less_cache import CORM, H2O, POLICIES, LESSCache, LESSError, LESSKernels, SinkRecent, hook, native
 from less_cache.attention import attention_logits
+from less_cache.hub import files
 from less_cache.kernels import MEMORIES
 from less_cache.layer import LESSLayer
 from less_cache.training import TokenSampler, TrainingOptions, estimate, train
@@ -279,11 +282,12 @@ def whole(tmp_path):
     torch.set_num_threads(threads)
 
 
-def test_a_killed_run_goes_on(tmp_path, whole):
-    """kill -9 as soon as the first layer is done."""
+@pytest.mark.parametrize("written", ["capture/*/sequence_0000.safetensors", "layers/layer_00.safetensors", "joint.pt"])
+def test_a_killed_run_goes_on(written, tmp_path, whole):
+    """kill -9 as soon as the first shard, layer or checkpoint is there."""
     process = start(tmp_path)
-    first_layer = tmp_path / "run" / "work" / "layers" / "layer_00.safetensors"
-    while not first_layer.exists() and process.poll() is None:
+    work = tmp_path / "run" / "work"
+    while not list(work.glob(written)) and process.poll() is None:
         time.sleep(0.01)
     process.kill()
     assert process.wait() == -signal.SIGKILL  # it had not come to its end by itself
@@ -382,6 +386,19 @@ def test_the_estimate_of_disk_is_what_capture_writes(tmp_path):
     assert estimate(model, low_rank).own_text == 0 and written > TINY.sequences * TINY.longest * 2 * parameters
 
 
+@pytest.mark.parametrize("stages", [{"layerwise_steps": 40, "joint_steps": 0}, {"joint_steps": 2}], ids=["layerwise", "joint"])
+@pytest.mark.parametrize("memory", MEMORIES)
+def test_the_estimate_of_operations_counts_matrix_products(memory, stages, tmp_path):
+    """As torch counts them as they run; embeddings, which are none, and what masks hide are counted as well."""
+    model = tiny.tiny_llama(hidden_size=64, head_dim=32)
+    options = dataclasses.replace(TINY, layerwise_steps=0, prompts=(40, 80), decoded=16, hidden_size=32, memory=memory)
+    options = dataclasses.replace(options, **stages)
+    cost = estimate(model, options)
+    with FlopCounterMode(display=False) as counted:
+        train(model, sampler(), options, tmp_path)
+    assert 0.6 < counted.get_total_flops() / (cost.capture + cost.layerwise + cost.joint) < 1
+
+
 @pytest.mark.parametrize("memory", MEMORIES)
 @pytest.mark.parametrize("prompt_length", [40, 200])
 def test_the_estimate_of_memory_counts_what_the_backward_pass_keeps(memory, prompt_length, tmp_path):
@@ -423,7 +440,10 @@ class Characters:
 
 @pytest.mark.parametrize("column", ["text", "article"])
 def test_a_dataset_is_streamed_as_far_as_needed(tmp_path, column):
-    rows = [{"id": index, column: f"Document {index}."} for index in range(5)]
+    """From the column `text`, whatever others there are, or else from the one with most to read."""
+    rows = [{"id": f"row {index}", column: f"Document {index}.", "page": index} for index in range(5)]
+    if column == "text":
+        rows[0]["note"] = "longer than the first document"
     (tmp_path / "train.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     text = "".join(map(chr, hub_text(str(tmp_path), Characters(), 30)))
     assert text == "Document 0.\n\nDocument 1.\n\nDocument 2.\n\n"
@@ -501,7 +521,7 @@ def test_another_model_does_not_go_on(tmp_path):
 def test_a_text_that_is_too_short_is_refused(tmp_path):
     """Before anything is trained, whichever of the sources it is."""
     short = TokenSampler([[torch.arange(300) % tiny.VOCAB], [torch.arange(10), torch.arange(13)]])
-    with pytest.raises(LESSError, match="at least 14 tokens, got at most 13 in source 2 of 2"):
+    with pytest.raises(LESSError, match=r"source 2 of 2: expected a text of at least 14 tokens.* got at most 13"):
         train(tiny.tiny_llama(), short, TINY, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
@@ -519,6 +539,27 @@ def test_a_model_that_cannot_be_trained_is_refused_at_once(tmp_path):
     cache = LESSCache(recurrent, policy=H2O(3, 3), kernels=kernels)
     assert kernels.config.layers == [index for index, layer in enumerate(cache.layers) if isinstance(layer, LESSLayer)]
     recurrent.generate(torch.arange(20)[None], past_key_values=cache, max_new_tokens=3, do_sample=False)
+
+
+def test_prompts_that_the_model_was_not_made_for_are_refused(tmp_path):
+    short = tiny.tiny_llama(max_position_embeddings=13)
+    with pytest.raises(LESSError, match="at most 13 tokens, the model's context, got prompts of 10 and 4 decoded"):
+        train(short, sampler(), TINY, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    train(short, sampler(), dataclasses.replace(TINY, prompts=(6, 9)), tmp_path / "run")
+
+
+@pytest.mark.parametrize("said", ["CUDA out of memory.", "DefaultCPUAllocator: you tried to allocate 9 bytes."])
+def test_a_full_memory_says_what_takes_less(said, tmp_path, monkeypatch):
+    """And nothing else does: other errors stay what they are."""
+    kind = torch.OutOfMemoryError if "CUDA" in said else RuntimeError
+    monkeypatch.setattr(joint_module, "student_cache", mock.Mock(side_effect=kind(said)))
+    with pytest.raises(LESSError, match=rf"ran out of memory: {said}.*--prompt-length"):
+        train(tiny.tiny_llama(), sampler(), TINY, tmp_path)
+    assert len(list((tmp_path / "work" / "layers").glob("*.safetensors"))) == 2
+    monkeypatch.setattr(joint_module, "student_cache", mock.Mock(side_effect=RuntimeError("shapes differ")))
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        train(tiny.tiny_llama(), sampler(), TINY, tmp_path)
 
 
 def test_what_a_killed_process_was_writing_goes(tmp_path):
@@ -549,7 +590,7 @@ def test_layers_that_scale_differently_are_rolled_together(policy):
 def test_a_loss_that_is_not_finite_keeps_the_finished_layers(tmp_path, monkeypatch):
     monkeypatch.setattr(joint_module, "kl_div", lambda student, *args, **kwargs: student.sum() * torch.nan)
     model = tiny.tiny_llama()
-    with pytest.raises(LESSError, match="Joint step 0: the loss is nan"):
+    with pytest.raises(LESSError, match="Joint step 0: the divergence is nan"):
         train(model, sampler(), TINY, tmp_path)
     assert len(list((tmp_path / "work" / "layers").glob("*.safetensors"))) == 2
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -576,22 +617,35 @@ def test_a_gradient_that_is_not_finite_is_never_stored(tmp_path, monkeypatch, op
     assert {path.name for path in (tmp_path / "work").iterdir()} <= {"run.json", "capture"}
 
 
+@pytest.mark.parametrize("at", ["write", "replace"])
 @pytest.mark.parametrize(("name", "layers"), [("sequence_0002.safetensors", 0), ("layer_01.safetensors", 1), ("joint.pt", 2)])
-def test_a_full_disk_keeps_the_finished_layers(name, layers, tmp_path, monkeypatch):
+def test_a_full_disk_keeps_the_finished_layers(name, layers, at, tmp_path, monkeypatch):
     """Full from the second file of this name on: a shard, a layer (there is one of it), a checkpoint."""
     real_replace, written = os.replace, []
 
-    def replace(source, target):
-        if Path(target).name == name:
-            written.append(target)
+    def fill(path):
+        if Path(path).name == name:
+            written.append(path)
         if len(written) > (name != "layer_01.safetensors"):
             raise OSError(28, "No space left on device")
+
+    class Half(io.FileIO):
+        def write(self, content):
+            super().write(content[: len(content) // 2])
+            fill(self.name)
+            return super().write(content[len(content) // 2 :])
+
+    def replace(source, target):
+        fill(target)
         real_replace(source, target)
 
-    monkeypatch.setattr(os, "replace", replace)
-    with pytest.raises(LESSError, match=r"No space left on device.*the same command goes on"):
-        train(tiny.tiny_llama(), sampler(), TINY, tmp_path / "full")
-    monkeypatch.setattr(os, "replace", real_replace)
+    with monkeypatch.context() as full:
+        if at == "write":
+            full.setattr(files, "open", Half, raising=False)
+        else:
+            full.setattr(os, "replace", replace)
+        with pytest.raises(LESSError, match=r"No space left on device.*the same command goes on"):
+            train(tiny.tiny_llama(), sampler(), TINY, tmp_path / "full")
     work = tmp_path / "full" / "work"
     assert len(list(work.glob("layers/*.safetensors"))) == layers and (work / "joint.pt").exists() == (layers == 2)
     assert not list(work.rglob(".saving-*")), "something half written was left"
@@ -601,7 +655,7 @@ def test_a_full_disk_keeps_the_finished_layers(name, layers, tmp_path, monkeypat
     )
 
 
-COUNTS = ("prompts_per_sequence", "decoded", "batch_size", "checkpoint_every")
+COUNTS = ("prompts_per_sequence", "decoded", "sequences", "batch_size", "hidden_size", "checkpoint_every")
 
 
 @pytest.mark.parametrize(
@@ -616,6 +670,7 @@ COUNTS = ("prompts_per_sequence", "decoded", "batch_size", "checkpoint_every")
         ({"layerwise_learning_rate": float("nan")}, "layerwise_learning_rate to be a number above 0, got nan"),
         ({"prompts": (0, 4)}, "prompts of at least 1 token, got 0"),
         *(({name: 0}, f"{name} to be at least 1, got 0") for name in COUNTS),
+        ({"joint_steps": -1}, "joint_steps to be at least 0, got -1"),
     ],
 )
 def test_bad_options_are_refused(change, said):

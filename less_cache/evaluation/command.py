@@ -47,9 +47,7 @@ def run(
     kernels = LESSKernels.from_pretrained(kernels_name) if kernels_name else None
     for path in data:
         if not path.is_file():  # reported before the model is loaded
-            raise LESSError(
-                f"Expected a text file, got {path}, which {'is not a file' if path.exists() else 'does not exist'}."
-            )
+            raise LESSError(f"Expected a text file, got {path}, which {'is no file' if path.exists() else 'does not exist'}.")
     protocol = {
         "model": model_name,
         "data": [path.name for path in data],

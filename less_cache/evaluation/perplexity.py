@@ -50,7 +50,11 @@ def stretches(texts: Sequence[Path], tokenizer, count: int, length: int) -> torc
         raise LESSError(f"Expected at least one sequence for each of {len(texts)} texts, got {count}.")
     rows = []
     for index, path in enumerate(texts):
-        tokens = torch.tensor(tokenizer(path.read_text(encoding="utf-8"), add_special_tokens=False, verbose=False)["input_ids"])
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise LESSError(f"{path}: expected text in UTF-8, got: {error}. Save it as UTF-8.") from error
+        tokens = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
         share = count // len(texts) + (index < count % len(texts))
         if len(tokens) < length * share:
             raise LESSError(f"{path}: expected {share} stretches of {length} tokens, got {len(tokens)} tokens.")

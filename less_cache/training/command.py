@@ -1,5 +1,6 @@
 """What `less-cache train` does: a model's name and texts in, a folder of kernels out."""
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable, Sequence
@@ -11,6 +12,7 @@ from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from transformers import PreTrainedModel
 
 from less_cache import hub, models, plots
 from less_cache.errors import LESSError
@@ -20,7 +22,7 @@ from less_cache.training.cost import Cost, estimate
 from less_cache.training.data import OWN, TokenSampler, hub_text, own_text, text_files, tokenize
 from less_cache.training.options import TrainingOptions
 from less_cache.training.processes import Processes
-from less_cache.training.trainer import LOG_NAME, WORK_NAME, check, train
+from less_cache.training.trainer import LOG_NAME, WORK_NAME, check, context, train
 
 PLOT_NAME = "training.png"
 COLUMNS = (
@@ -57,15 +59,17 @@ def run(
         raise LESSError(f"{output} already holds kernels. Choose another output folder, or remove it to train again.")
     if dry_run:
         skeleton = models.without_weights(model_name, dtype=dtype)
+        options = fit(options, skeleton)
         check(skeleton, options)
         console.print(cost_table(estimate(skeleton, options, OWN in data)))
         return
     model, tokenizer = models.load(model_name, dtype=dtype, device=processes.device)
+    options = fit(options, model)
     check(model, options)
     cost = estimate(model, options, OWN in data)
     with progress_rows(console, disable=not processes.is_first) as progress:
         report = ProgressReport(progress, cost)
-        sampler = TokenSampler([texts(source, model, tokenizer, options, output, report) for source in data])
+        sampler = TokenSampler([texts(source, model, tokenizer, options, output, report) for source in data], data)
         processes.wait()  # training clears away what is half written: texts of the model's own too
         kernels = train(model, sampler, options, output, report, described)
     if not processes.is_first:
@@ -77,6 +81,15 @@ def run(
     shutil.rmtree(output / WORK_NAME)
     console.print(layer_table(log))
     console.print(f"Wrote {output}. Try it: less-cache demo --model {model_name} --kernels {output}")
+
+
+def fit(options: TrainingOptions, model: PreTrainedModel) -> TrainingOptions:
+    """The options; of the default's prompt lengths those that the model's context has room for."""
+    limit = context(model)
+    if limit is None or sorted(options.prompts) != sorted(TrainingOptions.prompts):
+        return options
+    fitting = tuple(prompt for prompt in options.prompts if prompt + options.decoded <= limit)
+    return dataclasses.replace(options, prompts=fitting or options.prompts)
 
 
 def is_path(source: str) -> bool:
@@ -145,7 +158,7 @@ def cost_table(cost: Cost) -> Table:
 
 def layer_table(log: dict) -> Table:
     """What training reached in each layer."""
-    table = Table(title="Share of the policy's error left, other stretches of the training texts", box=box.SIMPLE_HEAD)
+    table = Table(title="Share of the policy's error left, stretches of the texts drawn anew", box=box.SIMPLE_HEAD)
     for name in ("layer", "before", "after", "explained"):
         table.add_column(name, justify="right")
     for record in log["layers"]:

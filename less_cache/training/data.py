@@ -5,7 +5,7 @@ Axes: `b` sequences, `t` tokens.
 
 import hashlib
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +24,20 @@ class TokenSampler:
 
     Args:
         sources: For each source its texts, one tensor `[t]` of token ids each.
+        names: What errors call the sources; by default their numbers.
     """
 
-    def __init__(self, sources: Sequence[Sequence[torch.Tensor]]):
+    def __init__(self, sources: Sequence[Sequence[torch.Tensor]], names: Sequence[str] | None = None):
         self.sources = sources
+        self.names = names or [f"source {index} of {len(sources)}" for index in range(1, len(sources) + 1)]
 
     def check(self, length: int) -> None:
         """Raise `LESSError` unless every source has a text of `length` tokens."""
-        for index, texts in enumerate(self.sources):
+        for name, texts in zip(self.names, self.sources, strict=True):
             if (longest := max(map(len, texts), default=0)) < length:
                 raise LESSError(
-                    f"Expected texts of at least {length} tokens, got at most {longest} in source {index + 1} of "
-                    f"{len(self.sources)}. Pass longer texts or shorter prompt lengths."
+                    f"{name}: expected a text of at least {length} tokens, the longest prompt and what is decoded after it, "
+                    f"got at most {longest}. Pass longer texts or shorter prompts (--prompt-length)."
                 )
 
     def digest(self) -> str:
@@ -71,7 +73,7 @@ def hub_text(dataset: str, tokenizer, tokens: int) -> torch.Tensor:
     """The first `tokens` tokens of a Hub dataset's train split, streamed, its documents joined; `[t]`.
 
     `dataset`: an id, with a configuration after a colon where it has several (`allenai/c4:en`). The text is the column
-    `text`, or else the first column of strings.
+    `text`, or else the one with the longest string in the first document.
     """
     try:
         from datasets import load_dataset
@@ -80,14 +82,10 @@ def hub_text(dataset: str, tokenizer, tokens: int) -> torch.Tensor:
     name, _, configuration = dataset.partition(":")
     try:
         rows = load_dataset(name, configuration or None, split="train", streaming=True)
-        pieces, total = [], 0
+        pieces, total, column = [], 0, None
         for row in rows:
-            column = (
-                "text" if isinstance(row.get("text"), str) else next((key for key in row if isinstance(row[key], str)), None)
-            )
-            if column is None:
-                raise LESSError(f"Dataset {dataset!r}: expected a column of text, got the columns {sorted(row)}.")
-            pieces.append(tokenize(row[column] + "\n\n", tokenizer))
+            column = column or text_column(row, dataset)
+            pieces.append(tokenize((row[column] or "") + "\n\n", tokenizer))
             total += len(pieces[-1])
             if total >= tokens:
                 break
@@ -102,6 +100,14 @@ def hub_text(dataset: str, tokenizer, tokens: int) -> torch.Tensor:
     if not pieces:
         raise LESSError(f"Dataset {dataset!r}: expected documents in its train split, got none.")
     return torch.cat(pieces)
+
+
+def text_column(row: Mapping[str, Any], dataset: str) -> str:
+    """The column of a dataset's texts, by its first document."""
+    strings = {name: value for name, value in row.items() if isinstance(value, str)}
+    if not strings:
+        raise LESSError(f"Dataset {dataset!r}: expected a column of text, got the columns {sorted(row)}.")
+    return "text" if "text" in strings else max(strings, key=lambda name: len(strings[name]))
 
 
 def own_text(

@@ -3,9 +3,10 @@
 Loss of a block of decoded tokens, with x_l what layer l of L hands on to the next, the last one behind the model's last norm,
 and o_l the layer's attention output, which õ_l would be if the same queries read a full cache of the same pairs:
 
-    log KL(full cache || LESS)  +  1/L Σ_l log( |x_l − x_l of the full cache|² / |x_l of the full cache|² )
-                                +  1/L Σ_l log( |o_l − õ_l|² / |õ_l|² )
+    log(KL(full cache || LESS) + ε)  +  1/L Σ_l log( |x_l − x_l of the full cache|² / |x_l of the full cache|² + ε' )
+                                     +  1/L Σ_l log( |o_l − õ_l|² / |õ_l|² + ε' )
 
+ε and ε' are `LITTLE` and `LITTLE_APART`; the last sum's shares are those of every `layers.EVERY`-th token.
 Logarithms, so that what counts is the share of the divergence that goes: small budgets, which lose ten times as much, would
 drown the others. The output alone tells a layer little about its own part of the error; the second term tells more, and the
 third what this layer's own state has lost, whatever the layers before it did.
@@ -72,9 +73,9 @@ class JointStage:
         loss = total[-1].item() / options.batch_size
         if not torch.isfinite(total).all():
             raise LESSError(
-                f"Joint step {self.step}: the loss is {loss}, and it or a gradient is not finite. The finished layers and "
-                "the last checkpoint are kept in work/. Lower joint_learning_rate (--joint-learning-rate), for which joint.pt, "
-                "where there is one, must be removed."
+                f"Joint step {self.step}: the divergence is {loss}, and it or a gradient is not finite. The finished layers "
+                "and the last checkpoint are kept in work/. Lower joint_learning_rate (--joint-learning-rate), for which "
+                "joint.pt, where there is one, must be removed."
             )
         gradients = (total[:-1] / options.batch_size).split(self.sizes)
         for parameter, gradient in zip(self.parameters, gradients, strict=True):

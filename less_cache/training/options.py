@@ -20,7 +20,7 @@ class TrainingOptions:
         prompts_per_sequence: How many of them are drawn for the sequences of a step, which are as long as the longest needs.
         decoded: Tokens decoded after each prompt.
         sequences: Sequences captured for the first stage; one in eight is left out there, and measures what each layer has
-            reached, with the first stage or without. All stages draw stretches of the same texts.
+            reached, with the first stage or without. All stages draw stretches of the same texts, the second perhaps these too.
         layerwise_steps: Steps a layer of the first stage, a sequence each: each layer matches its own dense output.
         joint_steps: Steps of the second stage: all layers run under LESS, the model's output distribution is matched, what each
             layer hands on, and what its attention reads.
@@ -57,9 +57,11 @@ class TrainingOptions:
         for name in ("policies", "prompts"):
             if not getattr(self, name):
                 raise LESSError(f"TrainingOptions: expected at least one of {name}, got none.")
-        for name in ("prompts_per_sequence", "decoded", "batch_size", "checkpoint_every"):
-            if getattr(self, name) < 1:
-                raise LESSError(f"TrainingOptions: expected {name} to be at least 1, got {getattr(self, name)}.")
+        one = ("prompts_per_sequence", "decoded", "sequences", "batch_size", "hidden_size", "checkpoint_every")
+        least = dict.fromkeys(one, 1) | dict.fromkeys(("layerwise_steps", "joint_steps"), 0)
+        for name, smallest in least.items():
+            if getattr(self, name) < smallest:
+                raise LESSError(f"TrainingOptions: expected {name} to be at least {smallest}, got {getattr(self, name)}.")
         if min(self.prompts) < 1:
             raise LESSError(f"TrainingOptions: expected prompts of at least 1 token, got {min(self.prompts)}.")
         for name in ("layerwise_learning_rate", "joint_learning_rate"):

@@ -19,9 +19,7 @@ def draw(log: dict[str, Any]) -> Any:
 def draw_layers(axes: Any, records: list[dict]) -> None:
     axes.bar([record["layer"] for record in records], [record["after"] for record in records], color="tab:blue")
     axes.axhline(1, color="gray", linewidth=0.8)
-    axes.set(
-        xlabel="layer", ylabel="share of the policy's error left", title="Each layer's own error, other stretches of the texts"
-    )
+    axes.set(xlabel="layer", ylabel="share of the policy's error left", title="Each layer's own error, stretches drawn anew")
 
 
 def draw_joint(axes: Any, losses: list[float]) -> None:

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import torch
 from transformers import PreTrainedModel
 
-from less_cache import hook
+from less_cache import hook, machine
 from less_cache.config import LESSConfig
 from less_cache.errors import LESSError
 from less_cache.families import check_supported, fingerprint, full_attention_layers, geometry
@@ -59,8 +59,19 @@ def silent(stage: str, done: int, total: int, loss: float | None = None) -> None
 def check(model: PreTrainedModel, options: TrainingOptions) -> None:
     """Raise `LESSError` for a model that cannot be trained so."""
     check_supported(model.config, model)
+    limit = context(model)
+    if limit is not None and options.longest > limit:
+        raise LESSError(
+            f"Expected sequences of at most {limit} tokens, the model's context, got prompts of {max(options.prompts)} and "
+            f"{options.decoded} decoded tokens. Pass shorter prompts (--prompt-length, repeatable)."
+        )
     if options.joint_steps:
         teacher_cache(model.config, full_attention_layers(model.config))
+
+
+def context(model: PreTrainedModel) -> int | None:
+    """Tokens of the longest sequence that the model was made for; None where its config names none."""
+    return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
 
 
 def train(
@@ -84,8 +95,8 @@ def train(
         stage's losses are in `output/training_log.json`.
 
     Raises:
-        LESSError: The model cannot work with a LESSCache, the texts are too short, the loss is not finite, the disk is
-            full, or the output folder holds another run. What was finished stays in the folder.
+        LESSError: The model cannot work with a LESSCache, the texts are too short, the loss is not finite, disk or memory
+            are full, or the output folder holds another run. What was finished stays in the folder.
     """
     check(model, options)
     sampler.check(options.longest)
@@ -95,6 +106,14 @@ def train(
     model.requires_grad_(False).eval()
     try:
         return _Run(model, sampler, options, output, report, described or {}).go()
+    except RuntimeError as error:
+        if not machine.out_of_memory(error):
+            raise
+        raise LESSError(
+            f"Training ran out of memory: {error} What was finished stays. Shorter prompts (--prompt-length) or a model in "
+            "bfloat16 (--dtype) take less; without the joint stage (--layerwise-steps 200 --joint-steps 0) the activations of "
+            "one layer are in memory at a time. --dry-run tells what each takes. Other options need another output folder."
+        ) from error
     finally:
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
@@ -151,6 +170,7 @@ class _Run:
                 "options": dataclasses.asdict(self.options),
                 "layers": [dataclasses.asdict(record) for record in records],
                 "joint": losses,
+                **machine.describe(self.model.device),
             }
             write_whole(self.output / LOG_NAME, (json.dumps(log) + "\n").encode())
         self.processes.wait()
@@ -160,24 +180,24 @@ class _Run:
         """A folder belongs to one model, one set of options and the same texts. What a killed process was writing goes."""
         path = self.work / "run.json"
         config = self.kernels.config
-        run = json.dumps(
-            {
-                "format": FORMAT,
-                **{name: value for name, value in config.training.items() if name not in OF_JOINT},
-                "model": config.base_model_fingerprint,
-                "texts": self.sampler.digest(),
-            }
-        )
+        run = {
+            "format": FORMAT,
+            **{name: value for name, value in config.training.items() if name not in OF_JOINT},
+            "model": config.base_model_fingerprint,
+            "texts": self.sampler.digest(),
+        }
         if self.processes.is_first:
             for draft in [*self.output.rglob(f"{DRAFT}*")]:
                 shutil.rmtree(draft, ignore_errors=True)
             if not path.exists():
-                write_whole(path, run.encode())
+                write_whole(path, json.dumps(run).encode())
         self.processes.wait()
-        if (found := path.read_text()) != run:
+        if (found := json.loads(path.read_text())) != run:
+            names = [name for name in run | found if found.get(name) != run.get(name)]
+            differing = "; ".join(f"{name}: expected {found.get(name)}, got {run.get(name)}" for name in names)
             raise LESSError(
-                f"{self.output} holds a run of other options, texts or another model: expected {run}, got {found}. "
-                "Repeat the options to go on, or choose another output folder."
+                f"{self.output} holds a run of other options, texts or another model. {differing}. Repeat what it has to go "
+                "on, or choose another output folder."
             )
 
     def layerwise(self) -> dict[int, list[float]]:
