@@ -4,7 +4,8 @@
 
 Each set is trained jointly for a few steps, prompts of 512 tokens and 128 decoded, and kept in FOLDER: the same command
 goes on there. Measured: KL(full cache || LESS) / KL(full cache || policy alone), means over the decoded tokens of all
-stretches, for every policy at 5 % of the tokens and H2O at three more budgets. The first sets differ in the policies or the
+stretches, for every policy at 5 % of the tokens and H2O at three more budgets; what is kept follows the full cache's queries,
+as in training, all tokens at once. The first sets differ in the policies or the
 budget trained with, which with the columns gives the transfer matrix; the others differ from `mixed` in one thing. Finished
 sets are measured beside them, or alone:
 
@@ -28,12 +29,14 @@ from torch.nn.functional import kl_div
 from less_cache import CORM, H2O, LESSKernels, SinkRecent, hook, models, outputs
 from less_cache.bench.command import without_folder
 from less_cache.evaluation.perplexity import stretches
+from less_cache.families import fingerprint
 from less_cache.hub import CONFIG_NAME
 from less_cache.machine import describe
 from less_cache.soft_centroids import LayerSoftCentroids
 from less_cache.training import TokenSampler, TrainingOptions, joint, layers, tokenize, train
-from less_cache.training.layers import StudentLayer, TeacherLayer, roll_layers, student_cache, teacher_cache
+from less_cache.training.layers import TeacherLayer, roll_layers, student_cache, teacher_cache
 from less_cache.training.options import Example
+from less_cache.training.trainer import FORMAT
 
 PROMPT, DECODED = 512, 128
 COMMON = TrainingOptions(prompts=(PROMPT,), decoded=DECODED)
@@ -42,9 +45,9 @@ COMMON = TrainingOptions(prompts=(PROMPT,), decoded=DECODED)
 def ranks_by_error() -> tuple[int, ...]:
     """For SmolLM2-135M: 12 in the half of the layers where the set in hub/ leaves most of the policy's error, 4 elsewhere."""
     log = Path(__file__).parent / "results" / "training-smollm2-135m-instruct-h2o.json"
-    layers = json.loads(log.read_text())["layers"]
-    hard = sorted(range(len(layers)), key=lambda layer: -layers[layer]["after"])[: len(layers) // 2]
-    return tuple(12 if layer in hard else 4 for layer in range(len(layers)))
+    left = [record["after"] for record in json.loads(log.read_text())["layers"]]
+    hard = sorted(range(len(left)), key=lambda layer: -left[layer])[: len(left) // 2]
+    return tuple(12 if layer in hard else 4 for layer in range(len(left)))
 
 
 SETS: dict[str, dict] = {
@@ -106,14 +109,27 @@ PATCHES = {
 def trained(name: str, model, sampler: TokenSampler, folder: Path, steps: int, dtype: str) -> LESSKernels:
     """The set of this name; read where FOLDER has it."""
     options = dataclasses.replace(COMMON, joint_steps=steps, **SETS[name])
-    described = {"choice": name, "texts": sampler.digest(), "dtype": dtype}
+    described = {"choice": name, "texts": sampler.digest(), "dtype": dtype, "format": FORMAT}
     if not (folder / CONFIG_NAME).exists():
         with tempfile.TemporaryDirectory() as work, PATCHES.get(name, contextlib.nullcontext()):
             train(model, sampler, options, Path(work), described=described).save_pretrained(folder)
     kernels = LESSKernels.from_pretrained(folder)
     if kernels.config.training != json.loads(json.dumps({**dataclasses.asdict(options), **described})):
         raise typer.BadParameter(f"{folder} was trained in another way: {kernels.config.training}. Choose another FOLDER.")
+    if kernels.config.base_model_fingerprint != fingerprint(model):
+        raise typer.BadParameter(f"{folder} was trained for another model. Choose another FOLDER.")
     return kernels
+
+
+def named(values: list[str], option: str) -> dict[str, Path]:
+    """`NAME=PATH`, each name once."""
+    found = {}
+    for value in values:
+        name, equals, path = value.partition("=")
+        if not equals or name in found:
+            raise typer.BadParameter(f"expected {option} to be NAME=PATH, each NAME once, got {value!r}.")
+        found[name] = Path(path)
+    return found
 
 
 @torch.no_grad()
@@ -130,11 +146,7 @@ def divergences(model, tokens: torch.Tensor, sets: dict[str, LESSKernels]) -> di
         decodes = roll_layers(teachers, example, scores, DECODED)
         result[used] = {}
         for name, state in {"alone": None, **sets}.items():
-            cache = student_cache(dense, example, decodes, state or kernels)
-            if state is None:
-                for layer in cache.layers:
-                    if isinstance(layer, StudentLayer):
-                        layer.kernels = None
+            cache = student_cache(dense, example, decodes, state)
             logits = model(tokens[:, span], past_key_values=cache, use_cache=True).logits.float().log_softmax(-1)
             kl = kl_div(logits, target, reduction="sum", log_target=True) / target.shape[:2].numel()
             result[used][name] = kl.item()
@@ -161,12 +173,11 @@ def main(
     names = only or ([] if finished else list(SETS))
     if names and (folder is None or not train_data):
         raise typer.BadParameter("expected FOLDER and --train-data for the sets to train, or --finished and no --set.")
+    texts = named(text, "--text")
     model, tokenizer = models.load(model_name, dtype=models.weights_type(dtype))
     hook.install()
-    sets = {}
-    for named in finished or []:
-        title, _, path = named.partition("=")
-        sets[title] = LESSKernels.from_pretrained(path).float()
+    sets = {name: LESSKernels.from_pretrained(path).float() for name, path in named(finished or [], "--finished").items()}
+    sha256 = {name: kernels.config.sha256 for name, kernels in sets.items()}
     if names:
         sources = [sorted(path.glob("*.txt")) if path.is_dir() else [path] for path in train_data]
         sampler = TokenSampler([[tokenize(file.read_text("utf-8"), tokenizer) for file in source] for source in sources])
@@ -174,9 +185,8 @@ def main(
         sets[name] = trained(name, model, sampler, folder / name.replace(" ", "-"), steps, dtype)
         typer.echo(f"trained: {name}", err=True)
     left: dict[str, dict[str, dict[str, float]]] = {}
-    for named in text:
-        title, _, path = named.partition("=")
-        batches = stretches([Path(path)], tokenizer, stretch_count, PROMPT + DECODED).split(4)
+    for title, path in texts.items():
+        batches = stretches([path], tokenizer, stretch_count, PROMPT + DECODED).split(4)
         measured = [divergences(model, batch, sets) for batch in batches]
         left[title] = {
             used: {
@@ -188,8 +198,15 @@ def main(
     options = {"stretches": stretch_count, "prompt": PROMPT, "decoded": DECODED, "dtype": dtype}
     if names:
         options |= {"steps": steps, "train_data": [path.name for path in train_data]}
-    described = {"model": without_folder(model_name), "text": [Path(named.partition("=")[2]).name for named in text]}
-    report = {"benchmark": "training_choices", **described, **options, **describe(torch.device("cpu")), "divergence_left": left}
+    report = {
+        "benchmark": "training_choices",
+        "model": without_folder(model_name),
+        "text": [path.name for path in texts.values()],
+        **options,
+        "finished": sha256,
+        **describe(torch.device("cpu")),
+        "divergence_left": left,
+    }
     outputs.finish(report, output)
 
 

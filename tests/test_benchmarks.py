@@ -121,3 +121,10 @@ def test_the_benchmark_of_choices(model, text, tmp_path, monkeypatch, capsys):  
     finished = ["--finished", f"done={tmp_path / 'sets' / 'mixed'}", "--text", f"own={text}", "--stretches", "4"]
     report = benchmark("training_choices.py", [model, *finished, "--dtype", "float32"], monkeypatch, capsys)
     assert report["divergence_left"]["own"] == {used: {"done": by_set["mixed"]} for used, by_set in left.items()}
+    kernels = LESSKernels.from_pretrained(tmp_path / "sets" / "mixed")
+    assert report["finished"] == {"done": kernels.config.sha256} and "steps" not in report
+
+    tiny.tiny_llama(vocab_size=tiny.VOCAB + 1).save_pretrained(model)
+    with pytest.raises(AssertionError):
+        benchmark("training_choices.py", words, monkeypatch, capsys)
+    assert "was trained for another model" in " ".join(capsys.readouterr().err.replace("│", " ").split())

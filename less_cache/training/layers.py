@@ -119,11 +119,12 @@ class TeacherLayer(TrainingLayer):
 class StudentLayer(TrainingLayer):
     """Attention of a block of decoded tokens under LESS, after the teacher's prompt; gradients flow through it.
 
-    What is kept follows the teacher's queries (`decode`), what is attended the student's own. `error`: how far its output is
-    `apart` from what the same queries read in a full cache of the same pairs, over every `EVERY`-th token.
+    What is kept follows the teacher's queries (`decode`), what is attended the student's own. `kernels` None: the policy alone.
+    `error`: how far its output is `apart` from what the same queries read in a full cache of the same pairs, over every
+    `EVERY`-th token.
     """
 
-    def __init__(self, teacher: TeacherLayer, decode: Decode, kernels: TrainedMemory):
+    def __init__(self, teacher: TeacherLayer, decode: Decode, kernels: TrainedMemory | None):
         super().__init__()
         self.teacher = teacher
         self.decode = decode
@@ -176,13 +177,16 @@ def teacher_cache(config: PreTrainedConfig, with_kernels: Collection[int]) -> Ca
     return Cache(layers=layers)
 
 
-def student_cache(teacher: Cache, example: Example, decodes: Sequence[Decode], kernels: LESSKernels) -> Cache:
-    """A cache for the block decoded after the example's prompt; `decodes`: of the layers with kernels, in order."""
+def student_cache(teacher: Cache, example: Example, decodes: Sequence[Decode], kernels: LESSKernels | None) -> Cache:
+    """A cache for the block decoded after the example's prompt; `decodes`: of the teacher's layers, in order; `kernels` None:
+    the policy alone.
+    """
     remaining = iter(decodes)
     layers: list[Any] = []
     for index, layer in enumerate(teacher.layers):
         if isinstance(layer, TeacherLayer):
-            layers.append(StudentLayer(layer, next(remaining), kernels.for_layer(index)))
+            memory = None if kernels is None else kernels.for_layer(index)
+            layers.append(StudentLayer(layer, next(remaining), memory))
         elif isinstance(layer, DenseLayer):
             layers.append(DenseLayer(layer.is_sliding, (layer, example.prompt_length)))
     return Cache(layers=layers)
