@@ -301,6 +301,7 @@ BAD = {
     "training budget": (("train", "MODEL", "--data", "TEXT", "--output", "OUT", "--budget", "some"), "some"),
     "training dataset": (("train", "MODEL", "--data", "./absent", "--output", "OUT"), "absent"),
     "training text": (("train", "MODEL", "--data", "absent.txt", "--output", "OUT"), "absent.txt"),
+    "training output": (("train", "MODEL", "--data", "TEXT", "--output", "TEXT"), "which is a file"),
     "evaluated policy": (("eval", "perplexity", "MODEL", "--data", "TEXT", "--budget", "8", "--policy", "h3o"), "h3o"),
     "evaluated budget": (("eval", "perplexity", "MODEL", "--data", "TEXT", "--budget", "1.5"), "got 1.5"),
     "evaluated type": (("eval", "perplexity", "MODEL", "--data", "TEXT", "--budget", "8", "--dtype", "int8"), "got 'int8'"),

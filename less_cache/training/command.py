@@ -40,7 +40,10 @@ def run(
 ) -> None:
     """Train, show how it goes, write kernels, log and plot into `output`. `dry_run`: only print what it will take."""
     console = Console(highlight=False)
-    plots.figure(1)  # without matplotlib nothing is trained that could not be drawn
+    if output.exists() and not output.is_dir():
+        raise LESSError(f"Expected --output to be a folder, got {output}, which is a file. Choose another name.")
+    if not dry_run:
+        plots.figure(1)  # without matplotlib nothing is trained that could not be drawn
     for source in filter(is_path, data):
         text_files(Path(source))  # a wrong path is reported before the model is loaded
     described = {
