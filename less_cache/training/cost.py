@@ -41,6 +41,9 @@ class Cost:
 
 
 FLOAT32_LOGITS = 5  # copies that the divergence makes of a block's logits
+HIDDEN_STATES = 16  # numbers that the backward pass keeps of a layer for each of a token's hidden size, attention apart
+OPTIMIZED = 4  # weights, gradients, two moments: copies of the kernels in memory
+ON_DISK = 6  # copies of the kernels: finished layers, and a checkpoint's weights and moments while the next is written
 
 
 def columns(example: Example, decoded: int) -> int:
@@ -100,7 +103,7 @@ def estimate(model: PreTrainedModel, options: TrainingOptions, own_text: bool = 
         networks = (g * t + h * n) * (d + 2 * m + 3 * r)
         state = g * (t * width + c * (r + 1) * width + 3 * n * r * width + n * c)
         less = 4 * (networks + state + 2 * h * n * (c + r))
-        rest = n * (16 * text_config.hidden_size + itemsize * 3 * (feed_forward + (h + 2 * g) * d))
+        rest = n * (HIDDEN_STATES * text_config.hidden_size + itemsize * 3 * (feed_forward + (h + 2 * g) * d))
         logits = n * text_config.vocab_size * (4 * FLOAT32_LOGITS + 2 * itemsize)
         return layers * (less + rest) + logits
 
@@ -122,7 +125,7 @@ def estimate(model: PreTrainedModel, options: TrainingOptions, own_text: bool = 
         joint=sum(
             dense(each) + layers * (less(each) + sum(map(compared, each))) + 6 * parameters * n * len(each) for each in drawn
         ),
-        disk=layers * sum(map(shard, examples)) + projections + 6 * kernel_bytes,
-        memory=parameters * itemsize + (4 + 2 * options.batch_size) * kernel_bytes + activations * itemsize + backward,
+        disk=layers * sum(map(shard, examples)) + projections + ON_DISK * kernel_bytes,
+        memory=parameters * itemsize + (OPTIMIZED + 2 * options.batch_size) * kernel_bytes + activations * itemsize + backward,
         backward=backward,
     )
