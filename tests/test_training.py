@@ -427,8 +427,11 @@ def test_a_model_writes_its_own_text(tmp_path):
     assert len({tuple(text.tolist()) for text in texts}) == 3
     again = own_text(model, 3, 20, 0, tmp_path / "again")
     assert all(torch.equal(left, right) for left, right in zip(texts, again, strict=True))
-    other = own_text(model, 3, 20, 1, tmp_path)  # what another seed wrote is not taken
+    other = own_text(model, 3, 20, 1, tmp_path / "other")
     assert not any(torch.equal(left, right) for left, right in zip(texts, other, strict=True))
+    with pytest.raises(LESSError, match=r"written for another run.*seed: expected 0, got 1"):  # nor is it written over
+        own_text(model, 3, 20, 1, tmp_path)
+    assert all(torch.equal(left, right) for left, right in zip(texts, own_text(model, 3, 20, 0, tmp_path), strict=True))
 
 
 class Characters:

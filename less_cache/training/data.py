@@ -13,7 +13,7 @@ import torch
 
 from less_cache.errors import LESSError
 from less_cache.families import fingerprint
-from less_cache.training.files import load_tensors, save_tensors
+from less_cache.training.files import differences, load_tensors, save_tensors
 
 OWN = "self"
 OWN_BATCH = 8  # sequences sampled at once from a model
@@ -118,13 +118,21 @@ def own_text(
     folder: Path,
     report: Callable[[str, int, int], object] = lambda stage, done, total: None,
 ) -> list[torch.Tensor]:
-    """`sequences` texts `[length]` that the model samples at temperature 1, kept in `folder` as they are written."""
+    """`sequences` texts `[length]` that the model samples at temperature 1, kept in `folder` as they are written.
+
+    `LESSError` where the folder has those of another model, seed, number or length: they belong to another run.
+    """
     texts: list[torch.Tensor] = []
     origin = {"model": fingerprint(model), "seed": str(seed), "sequences": str(sequences), "length": str(length)}
     start = model.generation_config.bos_token_id
     for first in range(0, sequences, OWN_BATCH):
         batch_path = folder / f"own_{first:04d}.safetensors"
-        if not batch_path.exists() or load_tensors(batch_path)[1] != origin:
+        if batch_path.exists() and (found := load_tensors(batch_path)[1]) != origin:
+            raise LESSError(
+                f"{folder} holds texts that were written for another run. {differences(found, origin)}. Repeat its options to "
+                "go on, or choose another output folder."
+            )
+        if not batch_path.exists():
             rows = min(OWN_BATCH, sequences - first)
             draw = random.Random(f"{seed}/own/{first}")
             vocabulary = model.get_input_embeddings().num_embeddings

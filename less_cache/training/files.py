@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -17,6 +18,12 @@ def write_whole(path: Path, content: bytes) -> None:
         replace(path.parent, {path.name: content})
     except LESSError as error:
         raise LESSError(f"{error} What was finished before stays: the same command goes on.") from error
+
+
+def differences(expected: Mapping[str, Any], got: Mapping[str, Any]) -> str:
+    """What two descriptions of a run do not share, for an error."""
+    names = [name for name in {**expected, **got} if expected.get(name) != got.get(name)]
+    return "; ".join(f"{name}: expected {expected.get(name)}, got {got.get(name)}" for name in names)
 
 
 def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> None:

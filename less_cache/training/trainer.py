@@ -30,7 +30,7 @@ from less_cache.memory import TrainedMemory
 from less_cache.policies import USUAL_BUDGET, policy_class
 from less_cache.training.capture import capture, layer_folder
 from less_cache.training.data import TokenSampler
-from less_cache.training.files import write_whole
+from less_cache.training.files import differences, write_whole
 from less_cache.training.joint import JointStage
 from less_cache.training.layers import teacher_cache
 from less_cache.training.layerwise import LayerRecord, LayerTask, load_layer, save_layer, train_layer
@@ -193,11 +193,9 @@ class _Run:
                 write_whole(path, json.dumps(run).encode())
         self.processes.wait()
         if (found := json.loads(path.read_text())) != run:
-            names = [name for name in run | found if found.get(name) != run.get(name)]
-            differing = "; ".join(f"{name}: expected {found.get(name)}, got {run.get(name)}" for name in names)
             raise LESSError(
-                f"{self.output} holds a run of other options, texts or another model. {differing}. Repeat what it has to go "
-                "on, or choose another output folder."
+                f"{self.output} holds a run of other options, texts or another model. {differences(found, run)}. Repeat what it "
+                "has to go on, or choose another output folder."
             )
 
     def layerwise(self) -> dict[int, list[float]]:
