@@ -194,8 +194,8 @@ class _Run:
         self.processes.wait()
         if (found := json.loads(path.read_text())) != run:
             raise LESSError(
-                f"{self.output} holds a run of other options, texts or another model. {differences(found, run)}. Repeat what it "
-                "has to go on, or choose another output folder."
+                f"{self.output} holds a run of other options, texts or another model. {differences(found, run)}. Repeat what "
+                "it has to go on, or choose another output folder."
             )
 
     def layerwise(self) -> dict[int, list[float]]:
