@@ -177,6 +177,10 @@ def main(
     model, tokenizer = models.load(model_name, dtype=models.weights_type(dtype))
     hook.install()
     sets = {name: LESSKernels.from_pretrained(path).float() for name, path in named(finished or [], "--finished").items()}
+    if others := [name for name, kernels in sets.items() if kernels.config.base_model_fingerprint != fingerprint(model)]:
+        raise typer.BadParameter(f"expected kernels for {model_name}, got {', '.join(others)}, trained for another model.")
+    if taken := sets.keys() & {"alone", *names}:
+        raise typer.BadParameter(f"expected other names in --finished than {', '.join(sorted(taken))}.")
     sha256 = {name: kernels.config.sha256 for name, kernels in sets.items()}
     if names:
         sources = [sorted(path.glob("*.txt")) if path.is_dir() else [path] for path in train_data]

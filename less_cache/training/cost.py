@@ -41,7 +41,7 @@ class Cost:
 
 
 FLOAT32_LOGITS = 5  # copies that the divergence makes of a block's logits
-HIDDEN_STATES = 16  # numbers that the backward pass keeps of a layer for each of a token's hidden size, attention apart
+HIDDEN_STATES = 16  # bytes that the backward pass keeps of a layer for each of a token's hidden size, attention apart
 OPTIMIZED = 4  # weights, gradients, two moments: copies of the kernels in memory
 ON_DISK = 6  # copies of the kernels: finished layers, and a checkpoint's weights and moments while the next is written
 

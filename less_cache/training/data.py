@@ -104,10 +104,12 @@ def hub_text(dataset: str, tokenizer, tokens: int) -> torch.Tensor:
 
 def text_column(row: Mapping[str, Any], dataset: str) -> str:
     """The column of a dataset's texts, by its first document."""
+    if isinstance(row.get("text", 0), str | None):  # without a text where a document has none
+        return "text"
     strings = {name: value for name, value in row.items() if isinstance(value, str)}
     if not strings:
         raise LESSError(f"Dataset {dataset!r}: expected a column of text, got the columns {sorted(row)}.")
-    return "text" if "text" in strings else max(strings, key=lambda name: len(strings[name]))
+    return max(strings, key=lambda name: len(strings[name]))
 
 
 def own_text(
@@ -123,7 +125,7 @@ def own_text(
     `LESSError` where the folder has those of another model, seed, number or length: they belong to another run.
     """
     texts: list[torch.Tensor] = []
-    origin = {"model": fingerprint(model), "seed": str(seed), "sequences": str(sequences), "length": str(length)}
+    origin = {"model": fingerprint(model), "seed": str(seed), "sequences": str(sequences), "tokens of each": str(length)}
     start = model.generation_config.bos_token_id
     for first in range(0, sequences, OWN_BATCH):
         batch_path = folder / f"own_{first:04d}.safetensors"

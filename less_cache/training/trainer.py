@@ -62,8 +62,8 @@ def check(model: PreTrainedModel, options: TrainingOptions) -> None:
     limit = context(model)
     if limit is not None and options.longest > limit:
         raise LESSError(
-            f"Expected sequences of at most {limit} tokens, the model's context, got prompts of {max(options.prompts)} and "
-            f"{options.decoded} decoded tokens. Pass shorter prompts (--prompt-length, repeatable)."
+            f"Expected sequences of at most {limit} tokens, the model's context, got {options.longest}: prompts of "
+            f"{max(options.prompts)} and {options.decoded} decoded. Pass shorter prompts=(…) (--prompt-length, repeatable)."
         )
     if options.joint_steps:
         teacher_cache(model.config, full_attention_layers(model.config))
@@ -192,7 +192,12 @@ class _Run:
             if not path.exists():
                 write_whole(path, json.dumps(run).encode())
         self.processes.wait()
-        if (found := json.loads(path.read_text())) != run:
+        found = json.loads(path.read_text())
+        if found["format"] != FORMAT:
+            raise LESSError(
+                f"{self.output} holds a run that another version of less-cache began. Choose another output folder."
+            )
+        if found != run:
             raise LESSError(
                 f"{self.output} holds a run of other options, texts or another model. {differences(found, run)}. Repeat what "
                 "it has to go on, or choose another output folder."
