@@ -92,7 +92,7 @@ DRAWN = {
     "evaluation": (lambda: evaluation_plot.draw({"a": {"results": [ROWS]}, "b": {"results": [ROWS]}}), ["a", "b"]),
     "training": (
         lambda: training_plot.draw({"layers": [{"layer": 0, "after": 0.5}], "joint": [0.3, 0.2]}),
-        ["Each layer's own error, other stretches of the texts", "All layers on the model's output"],
+        ["Each layer's own error, stretches drawn anew", "All layers on the model's output"],
     ),
     "decode": (
         lambda: bench_plot.draw(
