@@ -5,9 +5,8 @@
 Each set is trained jointly for a few steps, prompts of 512 tokens and 128 decoded, and kept in FOLDER: the same command
 goes on there. Measured: KL(full cache || LESS) / KL(full cache || policy alone), means over the decoded tokens of all
 stretches, for every policy at 5 % of the tokens and H2O at three more budgets; what is kept follows the full cache's queries,
-as in training, all tokens at once. The first sets differ in the policies or the
-budget trained with, which with the columns gives the transfer matrix; the others differ from `mixed` in one thing. Finished
-sets are measured beside them, or alone:
+as in training, all tokens at once. The first sets differ in the policies or the budget trained with, which with the columns
+gives the transfer matrix; the others differ from `mixed` in one thing. Finished sets are measured beside them, or alone:
 
     python benchmarks/training_choices.py MODEL --finished hub=hub/smollm2-135m-instruct-h2o --text novel=novel.txt
 

@@ -193,7 +193,7 @@ class _Run:
                 write_whole(path, json.dumps(run).encode())
         self.processes.wait()
         found = json.loads(path.read_text())
-        if found["format"] != FORMAT:
+        if found.get("format") != FORMAT:  # the oldest had none
             raise LESSError(
                 f"{self.output} holds a run that another version of less-cache began. Choose another output folder."
             )
