@@ -5,7 +5,7 @@ from pathlib import Path
 import less_cache
 from less_cache import H2O, LESSCache, LESSKernels, models
 
-KERNELS = Path(__file__).parents[1] / "hub" / "smollm2-135m-instruct-h2o"
+KERNELS = Path(__file__).parents[1] / "hub" / "smollm2-135m-instruct-h2o-2400"
 CHAPTER = Path(less_cache.__file__).parent / "data" / "pride-and-prejudice-chapter-19.txt"
 
 model, tokenizer = models.load("HuggingFaceTB/SmolLM2-135M-Instruct")
