@@ -59,6 +59,7 @@ SETS: dict[str, dict] = {
     "later layers in the loss": {},
     "earlier layers in the loss": {},
     "attention not in the loss": {},
+    "layers first": {"layerwise_steps": 200},
     "rank 16": {"rank": 16},
     "rank by layer": {"rank": ranks_by_error()},
     "hidden 128": {"hidden_size": 128},
