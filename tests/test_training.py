@@ -520,10 +520,13 @@ def test_other_texts_do_not_go_on(tmp_path):
             train(tiny.tiny_llama(), TokenSampler([[other % tiny.VOCAB]]), TINY, tmp_path / "run", described={"data": ["a"]})
 
 
-def test_a_run_of_another_version_does_not_go_on(tmp_path):
+@pytest.mark.parametrize("version", [{"format": 0}, {}], ids=["older", "oldest"])
+def test_a_run_of_another_version_does_not_go_on(version, tmp_path):
     train(tiny.tiny_llama(), sampler(), TINY, tmp_path / "run")
     run = tmp_path / "run" / "work" / "run.json"
-    run.write_text(json.dumps({**json.loads(run.read_text()), "format": 0}))
+    written = json.loads(run.read_text())
+    del written["format"]
+    run.write_text(json.dumps({**written, **version}))
     with pytest.raises(LESSError, match="another version of less-cache"):
         train(tiny.tiny_llama(), sampler(), TINY, tmp_path / "run")
 
