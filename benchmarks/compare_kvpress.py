@@ -20,8 +20,9 @@ from kvpress_side import decode_seconds, ratios
 from safetensors.torch import save_file
 from transformers import DynamicCache
 
-from less_cache import H2O, LESSCache, LESSKernels, machine, models, outputs
+from less_cache import H2O, LESSCache, LESSKernels, models
 from less_cache.evaluation.perplexity import measure, stretches
+from less_cache.reports import machine, outputs
 
 KVPRESS, TRANSFORMERS = "kvpress==0.5.5", "transformers>=5.2,<5.3"
 

@@ -14,13 +14,13 @@ from typing import Annotated
 import torch
 import typer
 
-from less_cache import outputs
 from less_cache.bench.command import without_folder
 from less_cache.bench.contenders import Contest
 from less_cache.bench.options import BenchOptions
 from less_cache.bench.timing import Spread, alternate, ratios
 from less_cache.evaluation.perplexity import cache_bytes
-from less_cache.machine import describe
+from less_cache.reports import outputs
+from less_cache.reports.machine import describe
 
 
 def main(

@@ -16,13 +16,14 @@ import torch
 import typer
 from transformers import Cache, DynamicCache
 
-from less_cache import LESSCache, LESSKernels, models, outputs
+from less_cache import LESSCache, LESSKernels, models
 from less_cache.bench.command import without_folder
-from less_cache.cli import parse_budget
+from less_cache.cli.app import parse_budget
 from less_cache.evaluation.perplexity import perplexity, stretches
-from less_cache.hub import WEIGHTS_NAME
-from less_cache.machine import describe
+from less_cache.kernels.folder import WEIGHTS_NAME
 from less_cache.policies import policy_class
+from less_cache.reports import outputs
+from less_cache.reports.machine import describe
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 

@@ -20,14 +20,15 @@ from unittest import mock
 import torch
 import typer
 
-from less_cache import H2O, SinkRecent, machine, outputs
-from less_cache import layer as layer_module
+from less_cache import H2O, SinkRecent
 from less_cache.bench.timing import Spread, alternate, ratios
-from less_cache.kernels import MEMORIES
-from less_cache.layer import LESSLayer
+from less_cache.cache import layer as layer_module
+from less_cache.cache.layer import LESSLayer
+from less_cache.memory import MEMORIES
+from less_cache.reports import machine, outputs
 
 MODULE = torch.nn.Identity().eval()
-FUSED = {"native": "less_cache.native", "triton": "less_cache.fused"}
+FUSED = {"native": "less_cache.backends.cpu.bridge", "triton": "less_cache.backends.triton"}
 MEMORY_NAMES = (None, *MEMORIES)
 FORMS = ("pytorch", "fused")
 SHOWN = {"output": "output", "scores": "scores", "values_sum": "H", "features_sum": "z"}

@@ -13,10 +13,11 @@ from pathlib import Path
 
 import torch
 
-from less_cache import LESSKernels, hook, models
-from less_cache.attention import add_virtual_tokens, attention_logits, sparse_softmax
+from less_cache import LESSKernels, models
 from less_cache.bench.command import without_folder
-from less_cache.machine import describe
+from less_cache.integration import hook
+from less_cache.ops.attention import add_virtual_tokens, attention_logits, sparse_softmax
+from less_cache.reports.machine import describe
 from less_cache.training import TokenSampler, TrainingOptions
 from less_cache.training.capture import capture, layer_folder
 from less_cache.training.data import tokenize

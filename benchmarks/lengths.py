@@ -22,11 +22,12 @@ from rich.table import Table
 from torch.nn.functional import cross_entropy, kl_div
 from transformers import Cache, DynamicCache
 
-from less_cache import LESSCache, LESSKernels, models, outputs
+from less_cache import LESSCache, LESSKernels, models
 from less_cache.bench.command import without_folder
 from less_cache.evaluation.perplexity import decode, stretches, with_state_bytes
-from less_cache.machine import describe
 from less_cache.policies import POLICIES, policy_class
+from less_cache.reports import outputs
+from less_cache.reports.machine import describe
 
 
 def main(

@@ -9,8 +9,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from less_cache import H2O, LESSCache, LESSConfig, LESSKernels
-from less_cache.families import geometry
-from less_cache.machine import describe
+from less_cache.integration.families import geometry
+from less_cache.reports.machine import describe
 
 STEPS, EARLY, LAYERS = 100_000, 2_000, 2
 

@@ -18,10 +18,12 @@ import typer
 from torch.nn.functional import cross_entropy
 from transformers import Cache
 
-from less_cache import LESSKernels, hook, machine, models, outputs
-from less_cache.attention import attention_logits
+from less_cache import LESSKernels, models
 from less_cache.evaluation.perplexity import stretches
+from less_cache.integration import hook
+from less_cache.ops.attention import attention_logits
 from less_cache.policies import policy_class
+from less_cache.reports import machine, outputs
 from less_cache.training.layers import TeacherLayer, TrainingLayer, roll_layers, teacher_cache
 from less_cache.training.options import Example
 from less_cache.training.simulate import Decode, columns

@@ -28,7 +28,7 @@ from collections.abc import Callable
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from less_cache.attention import attention_logits, causal_blocks
+from less_cache.ops.attention import attention_logits, causal_blocks
 
 HEADS, KV_HEADS, DIM, ROUNDS = 9, 3, 64, 5
 LENGTH = int(sys.argv[1]) if len(sys.argv) > 1 else 2048

@@ -25,13 +25,15 @@ import torch
 import typer
 from torch.nn.functional import kl_div
 
-from less_cache import CORM, H2O, LESSKernels, SinkRecent, hook, models, outputs
+from less_cache import CORM, H2O, LESSKernels, SinkRecent, models
 from less_cache.bench.command import without_folder
 from less_cache.evaluation.perplexity import stretches
-from less_cache.families import fingerprint
-from less_cache.hub import CONFIG_NAME
-from less_cache.machine import describe
-from less_cache.soft_centroids import LayerSoftCentroids
+from less_cache.integration import hook
+from less_cache.integration.families import fingerprint
+from less_cache.kernels.folder import CONFIG_NAME
+from less_cache.memory.soft_centroids import LayerSoftCentroids
+from less_cache.reports import outputs
+from less_cache.reports.machine import describe
 from less_cache.training import TokenSampler, TrainingOptions, joint, layers, tokenize, train
 from less_cache.training.layers import TeacherLayer, roll_layers, student_cache, teacher_cache
 from less_cache.training.options import Example

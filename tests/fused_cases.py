@@ -13,8 +13,9 @@ from step_cases import *  # noqa: F403
 from step_cases import assert_agree
 from triton.runtime import interpreter
 
-from less_cache import H2O, fused
-from less_cache.state import LowRankState
+from less_cache import H2O
+from less_cache.backends import triton as fused
+from less_cache.memory.state import LowRankState
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "set TRITON_INTERPRET=1 before triton is imported"
 pytestmark = pytest.mark.filterwarnings("error")  # falling back warns

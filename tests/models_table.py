@@ -9,8 +9,8 @@ from transformers import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from less_cache import H2O, LESSCache, LESSError
-from less_cache.families import REFUSED, SUPPORTED
-from less_cache.layer import LESSLayer
+from less_cache.cache.layer import LESSLayer
+from less_cache.integration.families import REFUSED, SUPPORTED
 
 TRANSFORMERS = "5.23"
 newest_transformers = pytest.mark.skipif(

@@ -12,10 +12,10 @@ import tiny
 import torch
 
 from less_cache import H2O, SinkRecent
-from less_cache import layer as layer_module
-from less_cache.centroids import LayerCentroids
-from less_cache.layer import LESSLayer
-from less_cache.memory import LayerMemory
+from less_cache.cache import layer as layer_module
+from less_cache.cache.layer import LESSLayer
+from less_cache.memory.base import LayerMemory
+from less_cache.memory.centroids import LayerCentroids
 
 TIGHT = {"rtol": 1e-5, "atol": 1e-5}
 ONE_ROUNDING = {  # of the output; scores and state are float32

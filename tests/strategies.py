@@ -7,9 +7,9 @@ import torch
 from hypothesis import strategies as st
 
 from less_cache import POLICIES, EvictionPolicy
-from less_cache.kernels import MEMORIES
-from less_cache.layer import LESSLayer
-from less_cache.memory import TrainedMemory
+from less_cache.cache.layer import LESSLayer
+from less_cache.memory import MEMORIES
+from less_cache.memory.base import TrainedMemory
 
 SEEDS = st.integers(0, 2**16)
 FRACTIONS = st.sampled_from([0.1, 0.25, 0.4, 0.75])

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import SEEDS
 
-from less_cache.attention import causal_blocks, group_heads, less_attention
-from less_cache.state import LowRankState
+from less_cache.memory.state import LowRankState
+from less_cache.ops.attention import causal_blocks, group_heads, less_attention
 
 many_examples = settings(max_examples=5 * settings.default.max_examples)  # one call each, and many kinds of input
 

@@ -13,8 +13,8 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from less_cache import CORM, H2O, LESSCache, LESSKernels, SinkRecent
-from less_cache.kernels import MEMORIES
-from less_cache.layer import LESSLayer
+from less_cache.cache.layer import LESSLayer
+from less_cache.memory import MEMORIES
 
 POLICIES = [H2O(heavy=4, recent=3), H2O(heavy=0.1, recent=0.1), SinkRecent(sinks=2, recent=5), CORM(window=4, recent=3)]
 NEW = 12

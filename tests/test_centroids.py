@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from less_cache import CORM, H2O, LESSCache, LESSError, LESSKernels, SinkRecent
-from less_cache.attention import attention_logits
-from less_cache.centroids import MOST_SPREAD, SPREAD, CentroidState, LayerCentroids
-from less_cache.layer import LESSLayer
+from less_cache.cache.layer import LESSLayer
+from less_cache.memory.centroids import MOST_SPREAD, SPREAD, CentroidState, LayerCentroids
+from less_cache.ops.attention import attention_logits
 
 B, H, G, D = 2, 4, 2, 8
 

@@ -20,10 +20,11 @@ from tokenizers.pre_tokenizers import Split
 from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
-from less_cache import LESSKernels, demo
-from less_cache.cli import app
-from less_cache.families import fingerprint
+from less_cache import LESSKernels
+from less_cache.cli import demo
+from less_cache.cli.app import app
 from less_cache.hub import catalogue
+from less_cache.integration.families import fingerprint
 from less_cache.training import TrainingOptions, command
 from less_cache.training.cost import Cost
 

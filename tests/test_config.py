@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from less_cache import LESSConfig, LESSError
-from less_cache.config import FORMAT_VERSION
+from less_cache.kernels.config import FORMAT_VERSION
 
 SIZES = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
 FIELDS = [field.name for field in dataclasses.fields(LESSConfig)]

@@ -9,7 +9,7 @@ from tiny import tiny_kernels, tiny_llama
 from transformers import AttentionInterface, DynamicCache
 
 from less_cache import CORM, H2O, LESSCache, LESSConfig, LESSError, LESSKernels, SinkRecent
-from less_cache.families import fingerprint
+from less_cache.integration.families import fingerprint
 
 POLICY = H2O(4, 3)
 SEEN = 49  # tokens in the cache of `used_cache`

@@ -11,7 +11,7 @@ from tiny import tiny_llama
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, LlamaForCausalLM
 
 from less_cache import H2O, LESSCache, LESSError
-from less_cache.families import ALIBI, MLA, REFUSED, SUPPORTED, Geometry, fingerprint, geometry
+from less_cache.integration.families import ALIBI, MLA, REFUSED, SUPPORTED, Geometry, fingerprint, geometry
 
 REFUSALS = [
     (transformers.T5Config, {}, "encoder-decoder"),

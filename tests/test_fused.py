@@ -19,12 +19,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from less_cache import CORM, H2O, SinkRecent, fused
-from less_cache import layer as layer_module
-from less_cache.centroids import LayerCentroids
-from less_cache.kernels import MEMORIES
-from less_cache.layer import LESSLayer
-from less_cache.static import StaticLESSLayer
+from less_cache import CORM, H2O, SinkRecent
+from less_cache.backends import triton as fused
+from less_cache.cache import layer as layer_module
+from less_cache.cache.layer import LESSLayer
+from less_cache.cache.static import StaticLESSLayer
+from less_cache.memory import MEMORIES
+from less_cache.memory.centroids import LayerCentroids
 
 MOST = {  # operations of a step beside the kernels, views included; lower a number when it has become lower
     ("h2o", "sparse"): 10,
@@ -108,14 +109,14 @@ def test_what_it_takes(policy, memory):
 
 def test_without_triton(monkeypatch):
     expected, _ = outputs()
-    monkeypatch.delitem(sys.modules, "less_cache.fused")
-    monkeypatch.delattr("less_cache.fused")
+    monkeypatch.delitem(sys.modules, "less_cache.backends.triton")
+    monkeypatch.delattr("less_cache.backends.triton")
     monkeypatch.setitem(sys.modules, "triton", None)  # importing it raises
     layer_module._module.cache_clear()
     try:
         with taken_by(fused), warnings.catch_warnings(action="error"):
             assert torch.equal(outputs()[0], expected)
-            assert layer_module._module("less_cache.fused") is None
+            assert layer_module._module("less_cache.backends.triton") is None
     finally:
         layer_module._module.cache_clear()
 

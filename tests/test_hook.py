@@ -13,7 +13,8 @@ from tiny import tiny_kernels, tiny_llama
 from transformers import AttentionInterface, DynamicCache, PreTrainedModel, StaticCache
 from transformers.models.falcon.modeling_falcon import FalconAttention
 
-from less_cache import CORM, H2O, LESSCache, LESSError, SinkRecent, hook
+from less_cache import CORM, H2O, LESSCache, LESSError, SinkRecent
+from less_cache.integration import hook
 
 BUILDS = {"llama": tiny_llama, "falcon": lambda attn_implementation="eager": zoo.build("falcon", attn_implementation)}
 each_model = pytest.mark.parametrize("name", BUILDS)

@@ -18,7 +18,7 @@ from huggingface_hub import constants
 from test_hub_files import contents, small_kernels
 
 from less_cache import LESSError, LESSKernels
-from less_cache.hub.files import CONFIG_NAME, WEIGHTS_NAME
+from less_cache.kernels.folder import CONFIG_NAME, WEIGHTS_NAME
 
 REPO = "someone/some-kernels"
 

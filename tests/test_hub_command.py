@@ -15,7 +15,7 @@ from test_hub_publish import PUBLISHED, REPORT, publishable
 
 from less_cache import LESSKernels
 from less_cache.hub import card
-from less_cache.hub.files import CONFIG_NAME, WEIGHTS_NAME
+from less_cache.kernels.folder import CONFIG_NAME, WEIGHTS_NAME
 
 REPO = "owner/kernels"
 RECIPE = Path(__file__).parents[1] / "hub" / "publish.py"

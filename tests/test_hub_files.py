@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 from tiny import tiny_kernels, tiny_llama
 
 from less_cache import LESSConfig, LESSError, LESSKernels
-from less_cache.config import FORMAT_VERSION
-from less_cache.hub.files import CONFIG_NAME, WEIGHTS_NAME
+from less_cache.kernels.config import FORMAT_VERSION
+from less_cache.kernels.folder import CONFIG_NAME, WEIGHTS_NAME
 
 FIXTURES = Path(__file__).parent / "fixtures"
 

@@ -17,7 +17,7 @@ from test_hub_files import change_config, small_kernels
 
 from less_cache import LESSError, LESSKernels
 from less_cache.hub import card, publish
-from less_cache.hub.files import CONFIG_NAME, WEIGHTS_NAME
+from less_cache.kernels.folder import CONFIG_NAME, WEIGHTS_NAME
 
 REPO = "owner/kernels"
 PUBLISHED = {CONFIG_NAME, WEIGHTS_NAME, "README.md", "custom_generate/generate.py", "custom_generate/requirements.txt"}

@@ -8,7 +8,7 @@ import torch
 from tiny import fill
 
 from less_cache import LESSConfig, LESSError, LESSKernels
-from less_cache.kernels import LayerKernels
+from less_cache.memory import LayerKernels
 
 H, G, D, M, R = 4, 2, 8, 6, 3  # heads, KV heads, head dim, hidden size, rank
 

@@ -15,8 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from less_cache import CORM, H2O, POLICIES, LESSError, SinkRecent
-from less_cache.layer import LESSLayer
-from less_cache.reference import reference_attention
+from less_cache.cache.layer import LESSLayer
+from less_cache.testing.reference import reference_attention
 
 STEP_POLICIES = [H2O(2, 3), SinkRecent(2, 3), CORM(3, 2)]
 
@@ -24,7 +24,7 @@ STEP_POLICIES = [H2O(2, 3), SinkRecent(2, 3), CORM(3, 2)]
 @pytest.fixture(autouse=True, scope="module")
 def small_blocks():
     """Small inner blocks, so that a dozen tokens reach every path."""
-    with mock.patch.multiple("less_cache.layer", QUERY_BLOCK=3, SPARE_SLOTS=2):
+    with mock.patch.multiple("less_cache.cache.layer", QUERY_BLOCK=3, SPARE_SLOTS=2):
         yield
 
 
@@ -399,11 +399,11 @@ def test_a_prompt_goes_through_the_models_attention_unless_all_of_its_weights_ar
 @pytest.mark.parametrize("block", [3, 7])  # CORM observes four queries
 @pytest.mark.parametrize("policy", [H2O(4, 5), CORM(4, 5)])
 def test_a_prompt_is_scored_the_same_in_blocks_of_any_size(policy, block, monkeypatch):
-    monkeypatch.setattr("less_cache.layer.FUSED", {})
+    monkeypatch.setattr("less_cache.cache.layer.FUSED", {})
     states = tiny.random_states(2, 4, 2, 20, 4)
     layers = [LESSLayer(policy, None, layer_idx=0) for _ in range(2)]
     tiny.feed(layers[0], *states, [20])
-    with mock.patch.multiple("less_cache.prompt", SCORE_BLOCK=block):
+    with mock.patch.multiple("less_cache.ops.prompt", SCORE_BLOCK=block):
         tiny.feed(layers[1], *states, [20])
     torch.testing.assert_close(layers[0].scores, layers[1].scores, rtol=1e-5, atol=0)
     assert_same_state(*layers)
@@ -431,7 +431,7 @@ class ShapeLimit(TorchDispatchMode):
 @pytest.mark.parametrize("policy", [H2O(4, 5), SinkRecent(4, 5)])
 def test_memory_stays_the_same_from_10_to_2000_steps(policy, fused, monkeypatch):
     if not fused:
-        monkeypatch.setattr("less_cache.layer.FUSED", {})
+        monkeypatch.setattr("less_cache.cache.layer.FUSED", {})
     budget, limit = 9, 10
     layer = LESSLayer(policy, tiny.layer_kernels(2, 2, 4), layer_idx=0)
     tiny.feed(layer, *tiny.random_states(1, 2, 2, 30, 4), [30])
@@ -469,7 +469,7 @@ class NoSquares(TorchDispatchMode):
 def test_a_prompt_takes_no_square_of_its_length(policy, kernels, fused, monkeypatch):
     n = 130
     if not fused:
-        monkeypatch.setattr("less_cache.layer.FUSED", {})
+        monkeypatch.setattr("less_cache.cache.layer.FUSED", {})
     layer = LESSLayer(policy, kernels, layer_idx=0)
     query, key, value = tiny.random_states(1, 2, 2, n, 64)
     with torch.no_grad(), NoSquares(n):

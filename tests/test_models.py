@@ -13,9 +13,9 @@ from tiny import tiny_kernels
 from transformers import DynamicCache, PreTrainedModel
 
 from less_cache import H2O, LESSCache, LESSKernels
-from less_cache.layer import LESSLayer
+from less_cache.cache.layer import LESSLayer
 from less_cache.policies import EvictionPolicy
-from less_cache.reference import reference_attention
+from less_cache.testing.reference import reference_attention
 
 NEW = 3
 PADDING = 5

@@ -13,9 +13,11 @@ from step_cases import *  # noqa: F403
 from step_cases import ONE_ROUNDING, assert_agree, layer_memory, taken_by
 from test_ops import full_layer, step
 
-from less_cache import CORM, H2O, SinkRecent, native, prompt
-from less_cache.call import AttentionCall
-from less_cache.layer import LESSLayer
+from less_cache import CORM, H2O, SinkRecent
+from less_cache.backends.cpu import bridge as native
+from less_cache.cache.layer import LESSLayer
+from less_cache.ops import prompt
+from less_cache.ops.call import AttentionCall
 
 pytestmark = pytest.mark.skipif(native.compiler() is None, reason="there is no C++ compiler here")
 
@@ -45,7 +47,7 @@ def outputs(policy=POLICY, memory=None, dtype=torch.float32, **attention) -> tup
 
 
 def outputs_in_pytorch(**options) -> torch.Tensor:
-    with mock.patch.dict("less_cache.layer.FUSED", clear=True):
+    with mock.patch.dict("less_cache.cache.layer.FUSED", clear=True):
         return outputs(**options)[0]
 
 
@@ -159,7 +161,7 @@ def test_a_layer_reads_its_prompt_so(dtype):
     with mock.patch.object(native, "read_prompt", wraps=native.read_prompt) as read:
         output = tiny.feed(layers[0], *states, [50])
     assert read.call_count == 1
-    with mock.patch.dict("less_cache.layer.FUSED", clear=True):
+    with mock.patch.dict("less_cache.cache.layer.FUSED", clear=True):
         torch.testing.assert_close(output, tiny.feed(layers[1], *states, [50]), **ONE_ROUNDING[dtype])
     assert tiny.held_positions(layers[0]) == tiny.held_positions(layers[1])
     torch.testing.assert_close(layers[0].scores, layers[1].scores, rtol=1e-5, atol=1e-5)
@@ -198,7 +200,7 @@ def test_weights_that_were_replaced_are_read():
     memory.load_state_dict(tiny.layer_kernels(2, 1, 8, seed=1).state_dict(), assign=True)
     other, states = layer.fork(), tiny.random_states(1, 2, 1, 1, 8)
     output = tiny.feed(layer, *states, [1])
-    with mock.patch.dict("less_cache.layer.FUSED", clear=True):
+    with mock.patch.dict("less_cache.cache.layer.FUSED", clear=True):
         torch.testing.assert_close(output, tiny.feed(other, *states, [1]))
 
 
@@ -230,7 +232,7 @@ def test_torch_compile_never_asks_for_it():
     with (
         taken_by(native),
         mock.patch("torch.compiler.is_compiling", return_value=True),
-        mock.patch("less_cache.layer._module", side_effect=AssertionError),
+        mock.patch("less_cache.cache.layer._module", side_effect=AssertionError),
     ):
         outputs()
 

@@ -6,10 +6,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from less_cache import H2O, SinkRecent
-from less_cache.centroids import LayerCentroids
-from less_cache.kernels import MEMORIES
-from less_cache.layer import LESSLayer
-from less_cache.static import StaticLESSLayer
+from less_cache.cache.layer import LESSLayer
+from less_cache.cache.static import StaticLESSLayer
+from less_cache.memory import MEMORIES
+from less_cache.memory.centroids import LayerCentroids
 
 BUDGET, DIM = 64, 16
 POLICIES = {"h2o": H2O(BUDGET // 2, BUDGET // 2), "sink_recent": SinkRecent(4, BUDGET - 4)}
@@ -30,7 +30,7 @@ each_case = pytest.mark.parametrize("policy, kernels", MOST)
 
 @pytest.fixture(autouse=True)
 def in_pytorch(monkeypatch):
-    monkeypatch.setattr("less_cache.layer.FUSED", {})
+    monkeypatch.setattr("less_cache.cache.layer.FUSED", {})
 
 
 class Operations(TorchDispatchMode):

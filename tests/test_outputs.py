@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from less_cache import LESSError, outputs, plots
+from less_cache import LESSError
 from less_cache.bench import plot as bench_plot
 from less_cache.evaluation import plot as evaluation_plot
+from less_cache.reports import outputs, plots
 from less_cache.training import plot as training_plot
 
 PNG = b"\x89PNG"

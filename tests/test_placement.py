@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.distributed.configuration_utils import DistributedConfig
 
 from less_cache import CORM, H2O, LESSCache, LESSKernels, SinkRecent
-from less_cache.layer import LESSLayer
+from less_cache.cache.layer import LESSLayer
 
 NEW = 6
 

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from strategies import SEEDS, partitions, policies
 
 from less_cache import CORM, H2O, POLICIES, LESSCache, SinkRecent
-from less_cache.layer import LESSLayer
-from less_cache.reference import reference_attention
+from less_cache.cache.layer import LESSLayer
+from less_cache.testing.reference import reference_attention
 
 fewer_examples = settings(max_examples=max(settings.default.max_examples // 3, 1))  # a model costs more than a layer
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from strategies import cases
 
 from less_cache import CORM, H2O, POLICIES, LESSError, SinkRecent
-from less_cache.layer import PER_ROW, LESSLayer
+from less_cache.cache.layer import PER_ROW, LESSLayer
 
 STEP_POLICIES = [H2O(2, 3), SinkRecent(2, 3), CORM(3, 2)]
 
@@ -18,7 +18,7 @@ STEP_POLICIES = [H2O(2, 3), SinkRecent(2, 3), CORM(3, 2)]
 @pytest.fixture(autouse=True, scope="module")
 def small_blocks():
     """Small inner blocks, so that a dozen tokens reach every path."""
-    with mock.patch.multiple("less_cache.layer", QUERY_BLOCK=3, SPARE_SLOTS=2):
+    with mock.patch.multiple("less_cache.cache.layer", QUERY_BLOCK=3, SPARE_SLOTS=2):
         yield
 
 
@@ -87,7 +87,7 @@ def test_recording_costs_nothing_between_a_crop_and_the_next_block():
 
 
 def test_recording_ends_where_nobody_crops(monkeypatch):
-    monkeypatch.setattr("less_cache.layer.REACH", 6)
+    monkeypatch.setattr("less_cache.cache.layer.REACH", 6)
     layer = LESSLayer(STEP_POLICIES[0], None, 0)
     layer.activate_past_recording()
     tiny.feed(layer, *tiny.random_states(1, 2, 1, 13, 4), [8, 1, 1, 3])

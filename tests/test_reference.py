@@ -11,7 +11,7 @@ from strategies import SEEDS, cases
 from torch.nn.functional import scaled_dot_product_attention
 
 from less_cache import H2O, POLICIES, SinkRecent
-from less_cache.reference import reference_attention
+from less_cache.testing.reference import reference_attention
 
 
 @given(SEEDS, st.lists(st.integers(1, 4), min_size=1, max_size=5))

@@ -15,9 +15,9 @@ from test_hub_publish import publishable
 from transformers import AutoModelForCausalLM
 
 from less_cache import H2O, LESSCache, LESSConfig, LESSError, LESSKernels, SinkRecent
-from less_cache.families import fingerprint
 from less_cache.hub import card, catalogue, publish
-from less_cache.hub.files import CONFIG_NAME
+from less_cache.integration.families import fingerprint
+from less_cache.kernels.folder import CONFIG_NAME
 
 HUB = Path(__file__).parents[1] / "hub"
 

@@ -10,8 +10,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tiny import tiny_kernels, tiny_llama
 
-from less_cache import CORM, H2O, LESSCache, LESSError, SinkRecent, snapshot
-from less_cache.kernels import MEMORIES
+from less_cache import CORM, H2O, LESSCache, LESSError, SinkRecent
+from less_cache.cache import snapshot
+from less_cache.memory import MEMORIES
 
 POLICIES = [H2O(heavy=4, recent=3), H2O(heavy=0.1, recent=0.1), SinkRecent(sinks=2, recent=5), CORM(window=4, recent=3)]
 

@@ -9,9 +9,9 @@ from hypothesis import given
 from strategies import SEEDS
 
 from less_cache import LESSConfig, LESSError, LESSKernels
-from less_cache.config import MEMORY_NAMES
-from less_cache.kernels import MEMORIES
-from less_cache.soft_centroids import HEAVIEST, LIGHT, LayerSoftCentroids
+from less_cache.kernels.config import MEMORY_NAMES
+from less_cache.memory import MEMORIES
+from less_cache.memory.soft_centroids import HEAVIEST, LIGHT, LayerSoftCentroids
 
 H, G, D, M, RANK = 2, 1, 4, 3, 6
 

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import SEEDS
 
-from less_cache.state import LowRankState
+from less_cache.memory.state import LowRankState
 
 
 def empty(b=2, g=2, rank=3, d=4) -> LowRankState:

@@ -13,8 +13,9 @@ from torch._inductor.utils import run_and_get_code
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CompileConfig, PreTrainedModel
 
-from less_cache import CORM, H2O, LESSCache, LESSError, LESSKernels, SinkRecent, layer
-from less_cache.layer import LESSLayer
+from less_cache import CORM, H2O, LESSCache, LESSError, LESSKernels, SinkRecent
+from less_cache.cache import layer
+from less_cache.cache.layer import LESSLayer
 
 POLICIES = [H2O(heavy=4, recent=3), H2O(heavy=0.2, recent=0.1), SinkRecent(sinks=2, recent=5)]
 KERNELS = {
@@ -203,7 +204,7 @@ def test_ways_to_ask_for_it(monkeypatch, tmp_path):
     kernels.save_pretrained(tmp_path)
     assert LESSCache.from_pretrained(tmp_path, model, static=True).is_compileable
     for known in (kernels, None):
-        monkeypatch.setattr("less_cache.cache.kernels_for", lambda model, token, known=known: known)
+        monkeypatch.setattr("less_cache.cache.cache.kernels_for", lambda model, token, known=known: known)
         assert LESSCache.for_model(model, static=True).is_compileable
         assert not LESSCache.for_model(model).is_compileable
 

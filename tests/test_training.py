@@ -20,11 +20,13 @@ import zoo
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import MistralConfig, MistralForCausalLM
 
-from less_cache import CORM, H2O, POLICIES, LESSCache, LESSError, LESSKernels, SinkRecent, hook, native
-from less_cache.attention import attention_logits
-from less_cache.hub import files
-from less_cache.kernels import MEMORIES
-from less_cache.layer import LESSLayer
+from less_cache import CORM, H2O, POLICIES, LESSCache, LESSError, LESSKernels, SinkRecent
+from less_cache.backends.cpu import bridge as native
+from less_cache.cache.layer import LESSLayer
+from less_cache.integration import hook
+from less_cache.kernels import folder as files
+from less_cache.memory import MEMORIES
+from less_cache.ops.attention import attention_logits
 from less_cache.training import TokenSampler, TrainingOptions, estimate, train
 from less_cache.training import joint as joint_module
 from less_cache.training import layers as layers_module
@@ -138,7 +140,7 @@ def test_scores_come_from_the_fused_form_where_there_is_one():
     with mock.patch.object(native, "read_prompt", wraps=native.read_prompt) as read:
         fused = list(teacher.scores_after(examples))
     assert read.call_count == 2
-    with mock.patch.dict("less_cache.layer.FUSED", clear=True):
+    with mock.patch.dict("less_cache.cache.layer.FUSED", clear=True):
         for mine, expected in zip(fused, teacher.scores_after(examples), strict=True):
             torch.testing.assert_close(mine, expected, rtol=1e-5, atol=1e-5)
 

@@ -11,7 +11,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM, Cache, LlamaC
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 from transformers.models.falcon import modeling_falcon
 
-from less_cache.layer import LESSLayer
+from less_cache.cache.layer import LESSLayer
 
 PUBLIC = {
     "transformers.AttentionInterface",

@@ -6,10 +6,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from less_cache import H2O, LESSCache, LESSConfig, LESSKernels
-from less_cache.families import fingerprint, geometry
-from less_cache.kernels import MEMORIES
-from less_cache.layer import LESSLayer
-from less_cache.memory import TrainedMemory
+from less_cache.cache.layer import LESSLayer
+from less_cache.integration.families import fingerprint, geometry
+from less_cache.memory import MEMORIES
+from less_cache.memory.base import TrainedMemory
 
 VOCAB = 97
 

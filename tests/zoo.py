@@ -6,7 +6,7 @@ import warnings
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from less_cache.families import SUPPORTED
+from less_cache.integration.families import SUPPORTED
 
 SIZES = {  # for every config that has such a field
     "vocab_size": 97,

@@ -11,7 +11,7 @@ from less_cache.bench.peak import PeakMemory
 from less_cache.bench.table import shown
 from less_cache.bench.timing import Spread, alternate
 from less_cache.evaluation.perplexity import cache_bytes
-from less_cache.machine import memory, out_of_memory
+from less_cache.reports.machine import memory, out_of_memory
 
 NOTE = (
     "By bytes: memory less weights, divided by the bytes of one sequence. Runs: the largest batch that was seen to fit, "

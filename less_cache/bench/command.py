@@ -7,11 +7,11 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress
 
-from less_cache import machine, outputs
 from less_cache.bench import batch, decode, memory, plot, prefill
 from less_cache.bench.contenders import Contest
 from less_cache.bench.options import BenchOptions
 from less_cache.bench.table import table
+from less_cache.reports import machine, outputs
 
 BENCHMARKS: dict[str, Any] = {"decode": decode, "prefill": prefill, "memory": memory, "batch": batch}
 

@@ -12,13 +12,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, Cache, DynamicCache, 
 
 from less_cache import models
 from less_cache.bench.options import BenchOptions
-from less_cache.cache import LESSCache
-from less_cache.config import LESSConfig
+from less_cache.cache.cache import LESSCache
 from less_cache.errors import LESSError
-from less_cache.families import full_attention_layers, geometry
-from less_cache.kernels import LESSKernels
-from less_cache.machine import synchronize
+from less_cache.integration.families import full_attention_layers, geometry
+from less_cache.kernels.config import LESSConfig
+from less_cache.kernels.kernels import LESSKernels
 from less_cache.policies import EvictionPolicy, policy_class
+from less_cache.reports.machine import synchronize
 from less_cache.training.options import TrainingOptions
 
 COPY_BYTES = 2**28  # far more than any processor or GPU keeps close

@@ -12,7 +12,7 @@ from less_cache.bench.contenders import Contest
 from less_cache.bench.options import BenchOptions
 from less_cache.bench.table import shown
 from less_cache.evaluation.perplexity import cache_bytes
-from less_cache.families import full_attention_layers, geometry
+from less_cache.integration.families import full_attention_layers, geometry
 
 NOTE = (
     "Formula, a layer with g KV heads of dimension d, numbers of i bytes, b sequences of T tokens: full cache 2·i·b·g·d·T; "

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from less_cache import plots
+from less_cache.reports import plots
 
 STYLES: dict[str, dict[str, Any]] = {  # static caches dashed: they often lie on the others
     "dynamic": {"color": "black"},

@@ -11,13 +11,14 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from less_cache import machine, models, outputs
+from less_cache import models
 from less_cache.errors import LESSError
 from less_cache.evaluation.perplexity import Measurement, measure, stretches
 from less_cache.evaluation.plot import draw
-from less_cache.families import fingerprint
-from less_cache.kernels import LESSKernels
+from less_cache.integration.families import fingerprint
+from less_cache.kernels.kernels import LESSKernels
 from less_cache.policies import policy_class
+from less_cache.reports import machine, outputs
 from less_cache.version import __version__
 
 

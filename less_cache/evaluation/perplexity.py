@@ -12,10 +12,10 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import Cache, DynamicCache, PreTrainedModel
 
-from less_cache.cache import LESSCache
+from less_cache.cache.cache import LESSCache
+from less_cache.cache.layer import LESSLayer
 from less_cache.errors import LESSError
-from less_cache.kernels import LESSKernels
-from less_cache.layer import LESSLayer
+from less_cache.kernels.kernels import LESSKernels
 from less_cache.policies import EvictionPolicy
 
 

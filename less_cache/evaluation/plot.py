@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from less_cache import plots
+from less_cache.reports import plots
 
 CACHES = ("policy", "baseline+", "untrained", "less")
 

@@ -6,9 +6,10 @@ import re
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from less_cache.config import LESSConfig
 from less_cache.errors import LESSError
 from less_cache.hub.client import FINGERPRINT_TAG, LIBRARY_TAG, is_repo_id
+from less_cache.kernels.config import LESSConfig
+from less_cache.memory import MEMORIES
 
 PLOT_NAME = "perplexity.png"
 BEGIN = "<!-- less-cache: generated; what stands outside these two lines is kept -->"
@@ -171,9 +172,8 @@ def _sections(config: LESSConfig, name: str, weights: str, plot: bool) -> list[s
 
 def _state(config: LESSConfig) -> str:
     """What a KV head remembers evicted tokens with, in words."""
-    if config.memory == "soft_centroids":
-        return f"{_span([rank // 2 for rank in config.ranks])} trained centroids"
-    return f"R = {_span(config.ranks)}"
+    memory = MEMORIES[config.memory]
+    return memory.words.format(_span([rank // memory.rank_step for rank in config.ranks]))
 
 
 def _cache(name: str, policy: dict) -> list[str]:

@@ -14,7 +14,7 @@ from huggingface_hub import CommitOperationAdd, HfApi, constants
 from huggingface_hub import errors as hub_errors
 
 from less_cache.errors import LESSError
-from less_cache.hub.files import CONFIG_NAME, WEIGHTS_NAME, check_digest, read_config
+from less_cache.kernels.folder import CONFIG_NAME, WEIGHTS_NAME, check_digest, read_config
 
 LIBRARY_TAG = "less-cache"
 FINGERPRINT_TAG = "less-fingerprint-{}"  # of the base model's weights; finds kernels for a model that has no Hub id

@@ -4,14 +4,17 @@ import dataclasses
 import json
 from pathlib import Path
 
-from less_cache import models, plots
-from less_cache.cache import LESSCache
-from less_cache.config import LESSConfig
+from less_cache import models
+from less_cache.cache.cache import LESSCache
 from less_cache.errors import LESSError
 from less_cache.evaluation.plot import draw
-from less_cache.hub import card, client, files, publish
-from less_cache.kernels import LESSKernels
+from less_cache.files import atomic
+from less_cache.hub import card, client, publish
+from less_cache.kernels import folder as files
+from less_cache.kernels.config import LESSConfig
+from less_cache.kernels.kernels import LESSKernels
 from less_cache.policies import H2O
+from less_cache.reports import plots
 
 
 def pull(name: str, revision: str | None, output: Path | None) -> None:
@@ -19,7 +22,7 @@ def pull(name: str, revision: str | None, output: Path | None) -> None:
     folder = client.find(name, revision)
     LESSKernels.from_pretrained(folder)
     if output is not None:
-        files.replace(output, {part: (folder / part).read_bytes() for part in (files.WEIGHTS_NAME, files.CONFIG_NAME)})
+        atomic.replace(output, {part: (folder / part).read_bytes() for part in (files.WEIGHTS_NAME, files.CONFIG_NAME)})
         folder = output
     print(folder)
 
@@ -77,7 +80,7 @@ def write_card(folder: Path, reports: list[str], base_model: str | None, license
         image = {card.PLOT_NAME: plots.image(draw(card.reports(config)))}
     name = folder.name if folder.is_absolute() else folder.as_posix()
     companions = publish.companions(folder, config, name, license=license, plot=plot)
-    files.replace(folder, {**image, **companions, files.CONFIG_NAME: config.to_json().encode()})
+    atomic.replace(folder, {**image, **companions, files.CONFIG_NAME: config.to_json().encode()})
     print(folder / publish.CARD_NAME)
 
 

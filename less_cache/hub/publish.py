@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
-from less_cache.config import LESSConfig
-from less_cache.hub import card, client, files
+from less_cache.hub import card, client
+from less_cache.kernels import folder as files
+from less_cache.kernels.config import LESSConfig
 
 CARD_NAME = "README.md"
 CUSTOM_GENERATE = Path(__file__).parent / "custom_generate"

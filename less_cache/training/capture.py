@@ -17,9 +17,9 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from less_cache.training.data import TokenSampler
-from less_cache.training.files import load_tensors, save_tensors
 from less_cache.training.layers import TeacherLayer
 from less_cache.training.options import Example, TrainingOptions, draw_examples
+from less_cache.training.work import load_tensors, save_tensors
 
 STAGE = "capture"
 OUTPUT_PROJECTIONS = ("o_proj", "dense", "out_proj", "c_proj")

@@ -14,9 +14,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from transformers import PreTrainedModel
 
-from less_cache import hub, models, plots
+from less_cache import hub, models
 from less_cache.errors import LESSError
-from less_cache.hub import files
+from less_cache.files import atomic
+from less_cache.reports import plots
 from less_cache.training import plot
 from less_cache.training.cost import Cost, estimate
 from less_cache.training.data import OWN, TokenSampler, hub_text, own_text, text_files, tokenize
@@ -78,7 +79,7 @@ def run(
     if not processes.is_first:
         return
     log = json.loads((output / LOG_NAME).read_text())
-    files.replace(output, {PLOT_NAME: plots.image(plot.draw(log))})
+    atomic.replace(output, {PLOT_NAME: plots.image(plot.draw(log))})
     kernels.config.base_model = model_name
     kernels.save_pretrained(output)  # last: from here on the folder holds kernels
     shutil.rmtree(output / WORK_NAME)

@@ -12,8 +12,8 @@ import torch
 from transformers import PreTrainedModel
 
 from less_cache.errors import LESSError
-from less_cache.families import full_attention_layers, geometry
-from less_cache.kernels import MEMORIES
+from less_cache.integration.families import full_attention_layers, geometry
+from less_cache.memory import MEMORIES
 from less_cache.training import capture, joint
 from less_cache.training.layers import EVERY
 from less_cache.training.options import Example, TrainingOptions, draw_examples

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from less_cache.errors import LESSError
-from less_cache.families import fingerprint
-from less_cache.training.files import differences, load_tensors, save_tensors
+from less_cache.integration.families import fingerprint
+from less_cache.training.work import differences, load_tensors, save_tensors
 
 OWN = "self"
 OWN_BATCH = 8  # sequences sampled at once from a model

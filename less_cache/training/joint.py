@@ -26,7 +26,7 @@ from torch.nn.functional import kl_div
 from transformers import Cache, PreTrainedModel
 
 from less_cache.errors import LESSError
-from less_cache.kernels import LESSKernels
+from less_cache.kernels.kernels import LESSKernels
 from less_cache.training.data import TokenSampler
 from less_cache.training.layers import StudentLayer, TeacherLayer, apart, roll_layers, student_cache, teacher_cache
 from less_cache.training.muon import Muon

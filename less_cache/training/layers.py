@@ -10,13 +10,13 @@ import torch
 from transformers import Cache, DynamicCache, PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
-from less_cache import hook
-from less_cache.attention import attention_logits, less_attention
-from less_cache.call import AttentionCall
+from less_cache.cache.layer import read_first_block
 from less_cache.errors import LESSError
-from less_cache.kernels import LESSKernels
-from less_cache.layer import read_first_block
-from less_cache.memory import TrainedMemory
+from less_cache.integration import hook
+from less_cache.kernels.kernels import LESSKernels
+from less_cache.memory.base import TrainedMemory
+from less_cache.ops.attention import attention_logits, less_attention
+from less_cache.ops.call import AttentionCall
 from less_cache.training.options import Example
 from less_cache.training.simulate import Decode, attend, columns, roll
 

@@ -15,13 +15,13 @@ from pathlib import Path
 
 import torch
 
-from less_cache.attention import attention_logits
 from less_cache.errors import LESSError
-from less_cache.memory import TrainedMemory
+from less_cache.memory.base import TrainedMemory
+from less_cache.ops.attention import attention_logits
 from less_cache.training.capture import STAGE, Shard, shard_path
-from less_cache.training.files import load_tensors, save_tensors
 from less_cache.training.options import TrainingOptions, draw_examples, falling
 from less_cache.training.simulate import Decode, attend, columns, roll
+from less_cache.training.work import load_tensors, save_tensors
 
 ROLLED_AT_ONCE = 16  # examples
 

@@ -4,8 +4,8 @@ import dataclasses
 import math
 import random
 
-from less_cache.config import MEMORY_NAMES
 from less_cache.errors import LESSError
+from less_cache.memory import MEMORIES
 from less_cache.policies import EvictionPolicy, policy_class
 
 
@@ -74,8 +74,8 @@ class TrainingOptions:
             )
         if not self.layerwise_steps and not self.joint_steps:
             raise LESSError("TrainingOptions: expected layerwise_steps or joint_steps, or both, got 0 and 0.")
-        if self.memory not in MEMORY_NAMES:
-            raise LESSError(f"TrainingOptions: expected memory to be one of {', '.join(MEMORY_NAMES)}, got {self.memory!r}.")
+        if self.memory not in MEMORIES:
+            raise LESSError(f"TrainingOptions: expected memory to be one of {', '.join(MEMORIES)}, got {self.memory!r}.")
         if self.sequences < 2 and self.layerwise_steps:
             raise LESSError(f"TrainingOptions: expected 2 or more sequences, one to hold out, got {self.sequences}.")
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from less_cache import plots
+from less_cache.reports import plots
 
 SMOOTHED = 20  # steps that a point of the joint curve averages
 

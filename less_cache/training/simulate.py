@@ -8,8 +8,8 @@ import dataclasses
 
 import torch
 
-from less_cache.attention import attention_logits, sparse_softmax
-from less_cache.memory import TrainedMemory
+from less_cache.memory.base import TrainedMemory
+from less_cache.ops.attention import attention_logits, sparse_softmax
 from less_cache.policies import EvictionPolicy
 
 LEAST_MASS = 1e-20  # of a virtual token: nothing reads less than that, and gradients, which are over the mass, stay finite

@@ -20,22 +20,23 @@ from typing import Any, Protocol
 import torch
 from transformers import PreTrainedModel
 
-from less_cache import hook, machine
-from less_cache.config import LESSConfig
 from less_cache.errors import LESSError
-from less_cache.families import check_supported, fingerprint, full_attention_layers, geometry
-from less_cache.hub.files import DRAFT
-from less_cache.kernels import LESSKernels
-from less_cache.memory import TrainedMemory
+from less_cache.files.atomic import DRAFT
+from less_cache.integration import hook
+from less_cache.integration.families import check_supported, fingerprint, full_attention_layers, geometry
+from less_cache.kernels.config import LESSConfig
+from less_cache.kernels.kernels import LESSKernels
+from less_cache.memory.base import TrainedMemory
 from less_cache.policies import USUAL_BUDGET, policy_class
+from less_cache.reports import machine
 from less_cache.training.capture import capture, layer_folder
 from less_cache.training.data import TokenSampler
-from less_cache.training.files import differences, write_whole
 from less_cache.training.joint import JointStage
 from less_cache.training.layers import teacher_cache
 from less_cache.training.layerwise import LayerRecord, LayerTask, load_layer, save_layer, train_layer
 from less_cache.training.options import TrainingOptions
 from less_cache.training.processes import Processes
+from less_cache.training.work import differences, write_whole
 
 WORK_NAME = "work"
 FORMAT = 4  # of what `work/` holds, and of what the stages do with it

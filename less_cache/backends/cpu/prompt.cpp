@@ -1,0 +1,199 @@
+// Attention of a prompt without padding on a processor, and the attention that each of its tokens gets, in one pass: what
+// `attention.causal_blocks` does. `native.py` compiles and calls it.
+//
+//     l = scaling · Q Kᵀ, causal     P = softmax(l)     output = P V     received_j += Σ_{heads of the group, queries} P_ij
+//
+// A few queries of all heads of a KV head make ROWS rows. Their weights over all keys are held, in tiles of LANES columns that
+// lie one after the other, so that they stay in the processor's second cache; keys are packed in the same way.
+//
+// Axes: b rows, g KV heads, s query heads per KV head, n tokens, d head dim, a multiple of 64. Tensors lie dense, in this order.
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+#include "vector_math.h"
+
+struct Prompt {
+    int64_t heads, s, n, d, start, threads; // heads: b·g; start: the first query
+    float scaling;
+    const float *query; // [b, g, s, n, d]
+    const float *key;   // [b, g, n, d]
+    const float *value; // [b, g, n, d], or null: no output
+    float *received;    // [b, g, n], added to
+    float *output;      // [b, g, s, n, d], or null
+};
+
+namespace {
+
+#ifdef __AVX512F__
+const int64_t LANES = 16, ROWS_AT_ONCE = 8, MEANS_AT_ONCE = 6; // what 32 registers hold
+#else
+const int64_t LANES = 8, ROWS_AT_ONCE = 4, MEANS_AT_ONCE = 3; // what 16 registers hold
+#endif
+const int64_t ROWS = 24; // `native.MOST_QUERY_HEADS`
+const int64_t TILES_AT_ONCE = 3, VECTORS_AT_ONCE = 4, TILES_IN_CACHE = 8;
+
+typedef float Vector __attribute__((vector_size(LANES * sizeof(float))));
+
+inline Vector load(const float *from) {
+    Vector vector;
+    std::memcpy(&vector, from, sizeof vector);
+    return vector;
+}
+
+inline void store(Vector vector, float *to) { std::memcpy(to, &vector, sizeof vector); }
+
+// Keys `[n, d]` as tiles `[n / LANES, d, LANES]`, 0 beyond the last.
+void pack(const float *keys, int64_t n, int64_t d, int64_t tile, float *packed) {
+    float *to = packed + tile * d * LANES;
+    for (int64_t i = 0; i < d; i++)
+        for (int64_t lane = 0; lane < LANES; lane++) {
+            const int64_t j = tile * LANES + lane;
+            to[i * LANES + lane] = j < n ? keys[j * d + i] : 0.0f;
+        }
+}
+
+// Logits of ROWS rows, `[ROWS, d]`, over `tiles` tiles: `[tiles, ROWS, LANES]`.
+void multiply(const float *rows, const float *packed, int64_t tiles, int64_t d, float *logits) {
+    for (int64_t tile = 0; tile < tiles; tile += TILES_AT_ONCE)
+        for (int64_t row = 0; row < ROWS; row += ROWS_AT_ONCE) {
+            Vector sums[ROWS_AT_ONCE][TILES_AT_ONCE] = {};
+            const float *of_rows = rows + row * d, *keys = packed + tile * d * LANES;
+            for (int64_t i = 0; i < d; i++) {
+                Vector columns[TILES_AT_ONCE];
+#pragma GCC unroll 8
+                for (int64_t t = 0; t < TILES_AT_ONCE; t++) columns[t] = load(keys + (t * d + i) * LANES);
+#pragma GCC unroll 8
+                for (int64_t r = 0; r < ROWS_AT_ONCE; r++)
+#pragma GCC unroll 8
+                    for (int64_t t = 0; t < TILES_AT_ONCE; t++) sums[r][t] += of_rows[r * d + i] * columns[t];
+            }
+#pragma GCC unroll 8
+            for (int64_t t = 0; t < TILES_AT_ONCE; t++)
+#pragma GCC unroll 8
+                for (int64_t r = 0; r < ROWS_AT_ONCE; r++) store(sums[r][t], logits + ((tile + t) * ROWS + row + r) * LANES);
+        }
+}
+
+// means `[ROWS, d]` += weights `[tiles, ROWS, LANES]` times `columns` values, `[columns, d]`.
+void average(const float *weights, const float *values, int64_t columns, int64_t d, float *means) {
+    for (int64_t row = 0; row < ROWS; row += MEANS_AT_ONCE)
+        for (int64_t first = 0; first < d; first += VECTORS_AT_ONCE * LANES) {
+            Vector sums[MEANS_AT_ONCE][VECTORS_AT_ONCE];
+            float *to = means + row * d + first;
+#pragma GCC unroll 8
+            for (int64_t r = 0; r < MEANS_AT_ONCE; r++)
+#pragma GCC unroll 8
+                for (int64_t v = 0; v < VECTORS_AT_ONCE; v++) sums[r][v] = load(to + r * d + v * LANES);
+            for (int64_t j = 0; j < columns; j++) {
+                const float *of_column = weights + (j / LANES * ROWS + row) * LANES + j % LANES;
+                Vector value[VECTORS_AT_ONCE];
+#pragma GCC unroll 8
+                for (int64_t v = 0; v < VECTORS_AT_ONCE; v++) value[v] = load(values + j * d + first + v * LANES);
+#pragma GCC unroll 8
+                for (int64_t r = 0; r < MEANS_AT_ONCE; r++)
+#pragma GCC unroll 8
+                    for (int64_t v = 0; v < VECTORS_AT_ONCE; v++) sums[r][v] += of_column[r * LANES] * value[v];
+            }
+#pragma GCC unroll 8
+            for (int64_t r = 0; r < MEANS_AT_ONCE; r++)
+#pragma GCC unroll 8
+                for (int64_t v = 0; v < VECTORS_AT_ONCE; v++) store(sums[r][v], to + r * d + v * LANES);
+        }
+}
+
+// The queries from `first` to `last` of a KV head, all its query heads. `weights`: `[tiles, ROWS, LANES]`, overwritten.
+void attend(
+    const Prompt &prompt, int64_t head, const float *packed, int64_t first, int64_t last, float *weights, float *received
+) {
+    const int64_t s = prompt.s, n = prompt.n, d = prompt.d, queries = last - first;
+    const int64_t tiles = (last + LANES - 1) / LANES;
+    static thread_local std::vector<float> buffer;
+    buffer.resize(2 * ROWS * d);
+    float *rows = buffer.data(), *means = rows + ROWS * d;
+    std::fill(rows, rows + 2 * ROWS * d, 0.0f); // rows beyond s · queries are 0, and count for nothing
+    for (int64_t h = 0; h < s; h++)
+        for (int64_t q = 0; q < queries; q++)
+            for (int64_t i = 0; i < d; i++)
+                rows[(h * queries + q) * d + i] = prompt.scaling * prompt.query[((head * s + h) * n + first + q) * d + i];
+    multiply(rows, packed, tiles, d, weights);
+    for (int64_t tile = first / LANES; tile < tiles; tile++) // what later queries bring is not seen
+        for (int64_t row = 0; row < ROWS; row++)
+            for (int64_t lane = 0; lane < LANES; lane++)
+                if (tile * LANES + lane > first + row % queries) weights[(tile * ROWS + row) * LANES + lane] = -INFINITE;
+
+    float largest[ROWS * LANES], sums[ROWS * LANES], factors[ROWS];
+    std::fill(largest, largest + ROWS * LANES, -INFINITE);
+    std::fill(sums, sums + ROWS * LANES, 0.0f);
+    for (int64_t tile = 0; tile < tiles; tile++)
+#pragma omp simd
+        for (int64_t i = 0; i < ROWS * LANES; i++) {
+            const float logit = weights[tile * ROWS * LANES + i];
+            largest[i] = largest[i] < logit ? logit : largest[i];
+        }
+    for (int64_t row = 0; row < ROWS; row++) {
+        float *of_row = largest + row * LANES;
+        std::fill(of_row, of_row + LANES, *std::max_element(of_row, of_row + LANES));
+    }
+    for (int64_t tile = 0; tile < tiles; tile++)
+#pragma omp simd
+        for (int64_t i = 0; i < ROWS * LANES; i++) {
+            const float weight = fast_exp(weights[tile * ROWS * LANES + i] - largest[i]);
+            weights[tile * ROWS * LANES + i] = weight;
+            sums[i] += weight;
+        }
+    for (int64_t row = 0; row < ROWS; row++) {
+        float sum = 0;
+        for (int64_t lane = 0; lane < LANES; lane++) sum += sums[row * LANES + lane];
+        factors[row] = row < s * queries ? 1.0f / sum : 0.0f;
+    }
+    for (int64_t tile = 0; tile < tiles; tile += TILES_IN_CACHE) {
+        const int64_t end = std::min(tile + TILES_IN_CACHE, tiles), column = tile * LANES;
+        for (int64_t t = tile; t < end; t++) {
+            Vector column_sums = load(received + t * LANES);
+            for (int64_t row = 0; row < ROWS; row++) column_sums += factors[row] * load(weights + (t * ROWS + row) * LANES);
+            store(column_sums, received + t * LANES);
+        }
+        if (prompt.value) {
+            const int64_t columns = std::min(end * LANES, last) - column;
+            average(weights + tile * ROWS * LANES, prompt.value + (head * n + column) * d, columns, d, means);
+        }
+    }
+    if (!prompt.output) return;
+    for (int64_t h = 0; h < s; h++)
+        for (int64_t q = 0; q < queries; q++)
+            for (int64_t i = 0; i < d; i++) {
+                const int64_t row = h * queries + q;
+                prompt.output[((head * s + h) * n + first + q) * d + i] = factors[row] * means[row * d + i];
+            }
+}
+
+} // namespace
+
+extern "C" void less_read_prompt(const Prompt *given) {
+    const Prompt &prompt = *given;
+    const int64_t n = prompt.n, d = prompt.d, queries = ROWS / prompt.s, blocks = (n - prompt.start + queries - 1) / queries;
+    const int64_t tiles = (n + TILES_AT_ONCE * LANES - 1) / (TILES_AT_ONCE * LANES) * TILES_AT_ONCE;
+    std::vector<float> packed(tiles * d * LANES), received(prompt.threads * tiles * LANES);
+    for (int64_t head = 0; head < prompt.heads; head++) {
+        std::fill(received.begin(), received.end(), 0.0f);
+#pragma omp parallel num_threads(int(prompt.threads))
+        {
+            static thread_local std::vector<float> weights;
+            weights.resize(tiles * ROWS * LANES);
+#pragma omp for
+            for (int64_t tile = 0; tile < tiles; tile++) pack(prompt.key + head * n * d, n, d, tile, packed.data());
+#pragma omp for schedule(static, 1)
+            for (int64_t lane = 0; lane < prompt.threads; lane++) // the same sums in the same order in every run
+                for (int64_t block = lane; block < blocks; block += prompt.threads) {
+                    const int64_t first = prompt.start + block * queries, last = std::min(first + queries, n);
+                    attend(prompt, head, packed.data(), first, last, weights.data(), received.data() + lane * tiles * LANES);
+                }
+        }
+        for (int64_t lane = 0; lane < prompt.threads; lane++)
+            for (int64_t j = 0; j < n; j++) prompt.received[head * n + j] += received[lane * tiles * LANES + j];
+    }
+}

@@ -1,0 +1,369 @@
+"""A decoding step of one layer in two Triton kernels, for GPUs, where the step of `layer` waits for its launches.
+
+    attend: write the new token, attention over slots and virtual tokens, scores, the victim and its pair
+    fold in: the victim's pair into the state
+
+φ(q) before the first kernel and ψ(k) of the victim between the two are the memory's own PyTorch. Launches of a step with H2O,
+counted as operations that are neither views nor empty tensors (`tests/test_fused.py` counts all):
+
+    kernels              PyTorch    fused: Triton + PyTorch
+    none                 40         1 + 1
+    low rank             75         2 + 25
+    trained centroids    97         2 + 46
+
+`LESSLayer._step` is the oracle, and takes every step that `can` refuses. Its rules stand here a second time: those of
+`attention.less_attention`, and `observe`, `protected`, `capacity` and `victim` of the policies in `POLICIES`.
+
+It has run through Triton's interpreter alone, and been compiled for GPUs, never on one: speed unmeasured, and off until it has.
+`less_cache.layer.FUSED["cuda"] = "less_cache.backends.triton"` turns it on.
+
+A model compiled with torch.compile never comes here. Needs triton: nothing but `layer` imports this module, on a GPU.
+
+Axes: `b` batch, `g` KV heads, `s` query heads per KV head, `c` slots, `d` head dim, `w` width of values, `r` virtual tokens.
+"""
+
+import warnings
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from less_cache.memory.state import LowRankState
+from less_cache.ops.call import AttentionCall
+from less_cache.policies import H2O, SinkRecent
+
+POLICIES = (H2O, SinkRecent)  # what they count: (heavy, recent) and (sinks, recent)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+TILE, WARPS = 4096, 8  # numbers of a block of keys or values, and the warps whose registers hold them for d up to 128
+
+_failed = False
+
+
+def can(layer: Any, call: AttentionCall) -> bool:
+    """Whether `step` knows how to take the one token of `call` into the `LESSLayer`."""
+    return (
+        not _failed
+        and type(layer.policy) in POLICIES
+        and (layer.state is None or isinstance(layer.state, LowRankState))
+        and call.softcap is None
+        and call.sinks is None
+        and all(states.dtype in DTYPES for states in (layer.keys, layer.values, call.query_states))
+    )
+
+
+def step(layer: Any, call: AttentionCall) -> torch.Tensor | None:
+    """What `LESSLayer._step` does: `[b, h, 1, w]`; None, and nothing done, where the kernel does not run here."""
+    query_states, key_states, value_states = (
+        states.contiguous() for states in (call.query_states, call.key_states, call.value_states)
+    )
+    b, h, _, d = query_states.shape
+    g, w, c = key_states.shape[1], value_states.shape[-1], layer.keys.shape[2]
+    logits, means, r = None, None, 0
+    if layer.state is not None:
+        logits, means = layer.kernels.virtual_tokens(layer.state, query_states, call.scaling)
+        logits, means, r = logits.contiguous(), means.contiguous(), means.shape[2]  # [b, g, s, 1, r], [b, g, r, w]
+    real = None if call.real is None else call.real.contiguous()  # [b, 1]
+    output = value_states.new_empty(b, h, 1, w)
+    key, value = torch.empty_like(key_states), torch.empty_like(value_states)  # of the token that leaves
+    left = layer.positions.new_empty(b, g, 1)  # its position, -1 where none does
+    width = max(_block(d), _block(w))
+    attended = _launched(
+        _attend,
+        (b * g,),
+        query_states,
+        key_states,
+        value_states,
+        layer.keys,
+        layer.values,
+        layer.positions,
+        layer.scores,
+        layer.seen,
+        layer.counts,
+        layer.settled,
+        real,
+        logits,
+        means,
+        output,
+        key,
+        value,
+        left,
+        call.scaling,
+        c,
+        G=g,
+        S=h // g,
+        D=d,
+        W=w,
+        R=r,
+        OBSERVES=isinstance(layer.policy, H2O),
+        PADS=real is not None,
+        S_BLOCK=triton.next_power_of_2(h // g),
+        C_BLOCK=max(16, min(64, _block(c), TILE // width)),
+        D_BLOCK=_block(d),
+        W_BLOCK=_block(w),
+        R_BLOCK=_block(r),
+        num_warps=WARPS,
+    )
+    if not attended:
+        return None
+    arrived = 1 if real is None else real.squeeze(-1)
+    layer.seen += arrived
+    if layer.state is not None:
+        weights = layer.kernels.pair_weights(key, left >= 0, left, layer.seen.view(-1, 1, 1))  # [b, g, 1, r]
+        fold_in(layer.state, weights, layer.kernels.remembered(key, value), layer.kernels.share_left(arrived))
+    return output
+
+
+def can_read(policy: Any, call: AttentionCall) -> bool:
+    """A prompt is PyTorch's."""
+    return False
+
+
+def fold_in(state: LowRankState, weights: torch.Tensor, remembered: torch.Tensor, factors: torch.Tensor | None = None) -> None:
+    """Fold one pair a KV head into the state, in place:
+
+        H ← γ H + ωᵀ v        z ← γ z + ωᵀ
+
+    Args:
+        weights: ω, what the pair weighs in each row of the state, 0 where none leaves: `[b, g, 1, r]`.
+        remembered: v, what the state sums: `[b, g, 1, *]`.
+        factors: γ, what stays of the old sums: `[g, r]` or `[b, g, r]`; None: all.
+    """
+    b, g, r, w = state.values_sum.shape
+    if factors is not None:
+        factors = factors.expand(b, g, r)
+    folded = not _failed and _launched(
+        _fold_in,
+        (b * g,),
+        state.values_sum,
+        state.features_sum,
+        weights.contiguous(),
+        remembered.contiguous(),
+        factors,
+        *(factors.stride() if factors is not None else (0, 0, 0)),
+        G=g,
+        R=r,
+        W=w,
+        FADES=factors is not None,
+        R_BLOCK=triton.next_power_of_2(r),
+        W_BLOCK=triton.next_power_of_2(w),
+    )
+    if folded:
+        return
+    if factors is not None:
+        state.values_sum *= factors.unsqueeze(-1)
+        state.features_sum *= factors
+    state.fold_in(weights, remembered)
+
+
+def _launched(kernel: Any, grid: tuple[int], *arguments, **sizes) -> bool:
+    """Run a kernel; False, for good and with one warning, where it cannot be compiled or started."""
+    global _failed
+    try:
+        with torch.cuda.device_of(arguments[0]):  # not always the current one: a model may lie on several
+            kernel[grid](*arguments, **sizes)
+    except Exception as error:  # whatever triton, its compiler or the driver raise
+        _failed = True
+        warnings.warn(
+            f"less_cache: the fused step does not run here ({type(error).__name__}: {error}). "
+            "PyTorch does it, with the same result and more launches.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return not _failed
+
+
+def _block(size: int) -> int:
+    """The power of two that holds `size`, as wide as a product needs."""
+    return max(16, triton.next_power_of_2(size))
+
+
+@triton.jit
+def _attend(
+    query,  # [b, g, s, d], of the new token
+    key,  # [b, g, d]
+    value,  # [b, g, w]
+    keys,  # [b, g, c, d], of the slots, as all up to the scores
+    values,  # [b, g, c, w]
+    positions,  # [b, g, c] int32
+    scores,  # [b, g, c] float32
+    seen,  # [b] int64
+    counts,  # [b, 2] int64
+    settled,  # [b] bool
+    real,  # [b] bool
+    virtual_logits,  # [b, g, s, r] float32
+    virtual_values,  # [b, g, r, w] float32
+    output,  # [b, g, s, w], written, as all below
+    victim_key,  # [b, g, d]
+    victim_value,  # [b, g, w]
+    left,  # [b, g] int32
+    scaling,
+    c,
+    G: tl.constexpr,
+    S: tl.constexpr,
+    D: tl.constexpr,
+    W: tl.constexpr,
+    R: tl.constexpr,
+    OBSERVES: tl.constexpr,  # H2O; else sinks + recent
+    PADS: tl.constexpr,
+    S_BLOCK: tl.constexpr,
+    C_BLOCK: tl.constexpr,
+    D_BLOCK: tl.constexpr,
+    W_BLOCK: tl.constexpr,
+    R_BLOCK: tl.constexpr,
+):
+    """One KV head of one row. Reads the keys once, for H2O twice: a weight is known when all of them have been read."""
+    head = tl.program_id(0).to(tl.int64)  # out of b·g
+    row = head // G
+    keys += head * c * D
+    values += head * c * W
+    positions += head * c
+    scores += head * c
+    before = tl.load(seen + row).to(tl.int32)  # tokens before this one: its position
+    arrives = 1
+    if PADS:
+        arrives = tl.load(real + row).to(tl.int32)
+
+    head_index = tl.arange(0, S_BLOCK)
+    is_head = head_index < S
+    dim, width = tl.arange(0, D_BLOCK), tl.arange(0, W_BLOCK)
+    group = head * S + head_index[:, None]
+    queries = tl.load(query + group * D + dim[None, :], mask=is_head[:, None] & (dim < D)[None, :], other=0.0)
+    queries = queries.to(tl.float32) * scaling  # [s, d]
+    new_key = tl.load(key + head * D + dim, mask=dim < D, other=0.0)  # [d]
+    new_value = tl.load(value + head * W + width, mask=width < W, other=0.0)  # [w]
+
+    # Softmax over the kept tokens, as one pass: the new token, then the slots, of which its own is still empty.
+    new_logit = tl.sum(queries * new_key.to(tl.float32)[None, :], axis=1)  # [s]
+    largest = new_logit  # of the logits so far
+    mass = tl.full([S_BLOCK], 1.0, tl.float32)  # Σ e^(l − largest)
+    mean = tl.zeros([S_BLOCK, W_BLOCK], tl.float32) + new_value.to(tl.float32)[None, :]  # Σ e^(l − largest) v
+    slot = c
+    held = arrives
+    for start in range(0, c, C_BLOCK):
+        column = start + tl.arange(0, C_BLOCK)
+        position = tl.load(positions + column, mask=column < c, other=-1)
+        kept = position >= 0
+        slot = tl.minimum(slot, tl.min(tl.where(kept, c, column), axis=0))
+        held += tl.sum(kept.to(tl.int32), axis=0)
+        logits = _logits(queries, keys, column, kept, D, D_BLOCK)  # [s, block]
+        larger = tl.maximum(largest, tl.max(logits, axis=1))
+        shrink = tl.exp(largest - larger)
+        weights = tl.exp(logits - larger[:, None])
+        block_mask = kept[:, None] & (width < W)[None, :]
+        block = tl.load(values + column[:, None] * W + width[None, :], mask=block_mask, other=0.0).to(tl.float32)
+        mass = mass * shrink + tl.sum(weights, axis=1)
+        mean = mean * shrink[:, None] + tl.dot(weights, block, input_precision="ieee")
+        largest = larger
+
+    # The virtual tokens are in the output, not in the weights that the policy sees.
+    total = mass
+    if R > 0:
+        rank = tl.arange(0, R_BLOCK)
+        by_rank = tl.load(
+            virtual_logits + group * R + rank[None, :], mask=is_head[:, None] & (rank < R)[None, :], other=float("-inf")
+        )  # [s, r]
+        rank_values = tl.load(
+            virtual_values + (head * R + rank[:, None]) * W + width[None, :],
+            mask=(rank < R)[:, None] & (width < W)[None, :],
+            other=0.0,
+        )  # [r, w]
+        largest_of_all = tl.maximum(largest, tl.max(by_rank, axis=1))
+        shrink_to_all = tl.exp(largest - largest_of_all)
+        by_rank = tl.exp(by_rank - largest_of_all[:, None])
+        total = mass * shrink_to_all + tl.sum(by_rank, axis=1)
+        mean = mean * shrink_to_all[:, None] + tl.dot(by_rank, rank_values, input_precision="ieee")
+    tl.store(output + group * W + width[None, :], mean / total[:, None], mask=is_head[:, None] & (width < W)[None, :])
+
+    # Scores, and the victim: of the lowest scores that nothing protects, the oldest. The new token is protected.
+    heavy_or_sinks = tl.load(counts + 2 * row).to(tl.int32)
+    recent = tl.load(counts + 2 * row + 1).to(tl.int32)
+    lowest_score = float("inf")
+    oldest = 2147483647
+    victim = 0
+    for start in range(0, c, C_BLOCK):
+        column = start + tl.arange(0, C_BLOCK)
+        position = tl.load(positions + column, mask=column < c, other=-1)
+        kept = position >= 0
+        score = tl.load(scores + column, mask=kept, other=0.0)
+        may_go = kept & (position < before + arrives - recent)
+        if OBSERVES:
+            logits = _logits(queries, keys, column, kept, D, D_BLOCK)
+            weights = tl.exp(logits - largest[:, None]) / mass[:, None]
+            score += arrives * tl.sum(tl.where(is_head[:, None], weights, 0.0), axis=0)
+            tl.debug_barrier()  # several threads may hold one score: all must have read it
+            tl.store(scores + column, score, mask=kept)
+        else:
+            may_go = may_go & (position >= heavy_or_sinks)
+        lowest = tl.min(tl.where(may_go, score, float("inf")), axis=0)
+        is_lowest = may_go & (score == lowest)
+        first = tl.min(tl.where(is_lowest, position, 2147483647), axis=0)
+        at = tl.max(tl.where(is_lowest & (position == first), column, 0), axis=0)
+        better = (lowest < lowest_score) | ((lowest == lowest_score) & (first < oldest))
+        lowest_score = tl.where(better, lowest, lowest_score)
+        oldest = tl.where(better, first, oldest)
+        victim = tl.where(better, at, victim)
+    leaves = (held > heavy_or_sinks + recent) & (oldest < 2147483647)
+
+    tl.store(left + head, tl.where(leaves, oldest, -1))
+    old_key = tl.load(keys + victim * D + dim, mask=dim < D, other=0.0)
+    old_value = tl.load(values + victim * W + width, mask=width < W, other=0.0)
+    tl.store(victim_key + head * D + dim, old_key, mask=dim < D)
+    tl.store(victim_value + head * W + width, old_value, mask=width < W)
+
+    tl.debug_barrier()  # all that was kept has been read
+    tl.store(keys + slot * D + dim, new_key, mask=(dim < D) & (slot < c))
+    tl.store(values + slot * W + width, new_value, mask=(width < W) & (slot < c))
+    tl.store(positions + slot, tl.where(arrives > 0, before, -1), mask=slot < c)
+    new_score = 0.0
+    if OBSERVES:
+        new_score = arrives * tl.sum(tl.where(is_head, tl.exp(new_logit - largest) / mass, 0.0), axis=0)
+    tl.store(scores + slot, new_score, mask=slot < c)
+    tl.store(positions + victim, -1, mask=leaves)
+    if head % G == 0:
+        tl.store(settled + row, (tl.load(settled + row) != 0) | ((before > 0) & (arrives > 0)))
+
+
+@triton.jit
+def _logits(queries, keys, column, kept, D: tl.constexpr, D_BLOCK: tl.constexpr):
+    """q k of some slots, `[s, block]`, -inf for empty ones. The products are exact to float32, as in PyTorch."""
+    dim = tl.arange(0, D_BLOCK)
+    block = tl.load(keys + column[:, None] * D + dim[None, :], mask=kept[:, None] & (dim < D)[None, :], other=0.0)
+    logits = tl.dot(queries, tl.trans(block.to(tl.float32)), input_precision="ieee")
+    return tl.where(kept[None, :], logits, float("-inf"))
+
+
+@triton.jit
+def _fold_in(
+    values_sum,  # [b, g, r, w] float32
+    features_sum,  # [b, g, r] float32
+    pair_weights,  # [b, g, r] float32
+    remembered,  # [b, g, w]
+    factors,  # [b, g, r], of the strides that follow
+    row_stride,
+    head_stride,
+    rank_stride,
+    G: tl.constexpr,
+    R: tl.constexpr,
+    W: tl.constexpr,
+    FADES: tl.constexpr,
+    R_BLOCK: tl.constexpr,
+    W_BLOCK: tl.constexpr,
+):
+    """The state of one KV head of one row."""
+    head = tl.program_id(0).to(tl.int64)  # out of b·g
+    rank, width = tl.arange(0, R_BLOCK), tl.arange(0, W_BLOCK)
+    is_rank = rank < R
+    weights = tl.load(pair_weights + head * R + rank, mask=is_rank, other=0.0).to(tl.float32)  # [r]
+    pair = tl.load(remembered + head * W + width, mask=width < W, other=0.0).to(tl.float32)  # [w]
+    sums_at = values_sum + (head * R + rank[:, None]) * W + width[None, :]
+    sums_mask = is_rank[:, None] & (width < W)[None, :]
+    sums = tl.load(sums_at, mask=sums_mask, other=0.0)  # [r, w]
+    features = tl.load(features_sum + head * R + rank, mask=is_rank, other=0.0)  # [r]
+    if FADES:
+        factors += (head // G) * row_stride + (head % G) * head_stride
+        factor = tl.load(factors + rank * rank_stride, mask=is_rank, other=0.0).to(tl.float32)
+        sums *= factor[:, None]
+        features *= factor
+    tl.store(sums_at, sums + weights[:, None] * pair[None, :], mask=sums_mask)
+    tl.store(features_sum + head * R + rank, features + weights, mask=is_rank)

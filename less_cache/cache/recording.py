@@ -1,0 +1,36 @@
+"""What a layer of the cache needs to give tokens back."""
+
+from typing import Any
+
+from less_cache.ops.call import AttentionCall
+
+
+class Recording:
+    """A copy of a layer as it was, and the calls of attention that it has taken in since.
+
+    Folding cannot be undone, but it can be done again: to give tokens back, the copy takes in all calls without them.
+    That is exact, and costs one copy of the layer and the new tokens' queries, keys and values.
+    """
+
+    def __init__(self, layer: Any):
+        self.layer = layer.fork()
+        self.calls: list[AttentionCall] = []
+        self.num_tokens = 0
+
+    def append(self, call: AttentionCall) -> None:
+        self.calls.append(call)
+        self.num_tokens += call.num_tokens
+
+    @property
+    def nbytes(self) -> int:
+        states = [each for call in self.calls for each in (call.query_states, call.key_states, call.value_states)]
+        return sum(tensor.nbytes for tensor in (*states, *self.layer.tensors().values()))
+
+    def without_last(self, num_tokens: int) -> Any:
+        """The layer as if the last `num_tokens` tokens had never come. The recording is used up."""
+        remaining = self.num_tokens - num_tokens
+        for call in self.calls:
+            if remaining > 0:
+                self.layer.take_in(call.part(0, min(call.num_tokens, remaining)))
+                remaining -= call.num_tokens
+        return self.layer

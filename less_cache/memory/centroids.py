@@ -1,0 +1,129 @@
+"""A state that needs no training: centroids of the evicted tokens.
+
+Axes: `b` batch, `h` query heads, `g` KV heads, `s` = h / g, `m` tokens folded at once, `n` queries, `d` head dim, `r`
+centroids.
+"""
+
+import dataclasses
+
+import torch
+
+from less_cache.memory.base import LayerMemory
+from less_cache.ops.attention import LOWEST, group_heads
+
+ITERATIONS = 6  # of Lloyd's algorithm over a block
+SPREAD = 0.25  # share of |q|²σ² that a centroid's logit gains; half is what a normal distribution would give
+MOST_SPREAD = 2.0  # most that it gains, in nats
+
+
+@dataclasses.dataclass
+class CentroidState:
+    """Sums over the tokens of each centroid, float32."""
+
+    count: torch.Tensor  # [b, g, r]
+    keys_sum: torch.Tensor  # [b, g, r, d]
+    values_sum: torch.Tensor  # [b, g, r, d]
+    squares_sum: torch.Tensor  # [b, g, r] of |k|²
+
+
+class LayerCentroids(LayerMemory):
+    """Every evicted pair joins the nearest of R centroids; a centroid acts as a virtual token with its mean key and value.
+
+        logit_r(q) = q·k̄_r / √d + log n_r + min(|q|² σ_r² / 4d, 2)        value_r = v̄_r
+
+    n_r: tokens of centroid r, k̄_r and v̄_r: their mean key and value, σ_r²: variance of their keys, mean over
+    dimensions. The last term makes up for Jensen's inequality: a mean key gets less attention than its tokens do.
+
+    Pairs are compared by |k − k̄|² + ρ |v − v̄|², ρ the ratio of the keys' mean square to the values'. The tokens of one
+    block are clustered with Lloyd's algorithm, from evenly spaced seeds for centroids that are still empty; a single
+    token joins the nearest centroid, or an empty one. So one-shot, chunked and token-by-token feeding give different
+    states.
+
+    R (2 d + 2) numbers a KV head: with R = 4 as many as the low-rank state of rank 8.
+    """
+
+    def __init__(self, num_centroids: int):
+        super().__init__()
+        self.num_centroids = num_centroids
+
+    def empty_state(self, batch: int, num_key_value_heads: int, head_dim: int, device: torch.device) -> CentroidState:
+        def zeros(*size: int) -> torch.Tensor:
+            return torch.zeros(batch, num_key_value_heads, self.num_centroids, *size, dtype=torch.float32, device=device)
+
+        return CentroidState(count=zeros(), keys_sum=zeros(head_dim), values_sum=zeros(head_dim), squares_sum=zeros())
+
+    def fold_in(
+        self,
+        state: CentroidState,
+        key_states: torch.Tensor,
+        value_states: torch.Tensor,
+        leaves: torch.Tensor,
+        positions: torch.Tensor,
+        seen: torch.Tensor,
+    ) -> None:
+        share = leaves.unsqueeze(-1).float()  # [b, g, m, 1]
+        keys, values = key_states.float() * share, value_states.float() * share
+        squares = keys.square().sum(-1)  # [b, g, m]
+        joins = self._assign(state, keys, values, squares, leaves)  # [b, g, m, r]
+        state.count += joins.sum(dim=2)
+        state.keys_sum += joins.transpose(-1, -2) @ keys
+        state.values_sum += joins.transpose(-1, -2) @ values
+        state.squares_sum += (joins * squares.unsqueeze(-1)).sum(dim=2)
+
+    def _assign(
+        self,
+        state: CentroidState,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        squares: torch.Tensor,
+        leaves: torch.Tensor,
+    ) -> torch.Tensor:
+        """Which centroid each token joins, one-hot `[b, g, m, r]`, 0 where nothing leaves."""
+        tiny = torch.finfo(torch.float32).tiny
+        held = state.count.clamp_min(1).unsqueeze(-1)
+        values_squares = (state.values_sum.square() / held).sum(dim=(-1, -2)) + values.square().sum(dim=(-1, -2))  # [b, g]
+        keys_squares = state.squares_sum.sum(-1) + squares.sum(-1)
+        weight = (keys_squares / values_squares.clamp_min(tiny)).sqrt()[..., None, None]  # √ρ
+        pairs = torch.cat([keys, values * weight], dim=-1)  # [b, g, m, 2d]
+        sums = torch.cat([state.keys_sum, state.values_sum * weight], dim=-1)  # [b, g, r, 2d]
+
+        first = leaves.int().argsort(dim=-1, descending=True, stable=True)  # those that leave, in order
+        spaced = torch.linspace(0, 1, self.num_centroids, device=keys.device) * (leaves.sum(-1, keepdim=True) - 1)
+        index = first.gather(-1, spaced.clamp_min(0).long())  # [b, g, r]
+        seeds = pairs.gather(2, index.unsqueeze(-1).expand(*index.shape, pairs.shape[-1]))
+        centers = torch.where(state.count.unsqueeze(-1) > 0, sums / held, seeds)
+        joins = _nearest(pairs, centers, leaves)
+        for _ in range(ITERATIONS - 1 if pairs.shape[2] > 1 else 0):
+            count = (state.count + joins.sum(dim=2)).unsqueeze(-1)
+            means = (sums + joins.transpose(-1, -2) @ pairs) / count.clamp_min(1)
+            centers = torch.where(count > 0, means, centers)
+            joins = _nearest(pairs, centers, leaves)
+        return joins
+
+    def virtual_tokens(
+        self,
+        state: CentroidState,
+        query_states: torch.Tensor,
+        scaling: float,
+        softcap: float | None = None,
+        later: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        count = state.count.clamp_min(1).unsqueeze(-1)  # [b, g, r, 1]
+        keys, values = state.keys_sum / count, state.values_sum / count
+        variance = (state.squares_sum.unsqueeze(-1) / count).squeeze(-1) - keys.square().sum(-1)
+        variance = variance.clamp_min(0) / keys.shape[-1]  # [b, g, r]
+        queries = group_heads(query_states.float() * scaling, keys.shape[1])  # [b, g, s, n, d]
+        logits = queries @ keys.transpose(-1, -2).unsqueeze(2)  # [b, g, s, n, r]
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
+        spread = SPREAD * queries.square().sum(-1, keepdim=True) * variance[:, :, None, None]
+        logits = logits + spread.clamp_max(MOST_SPREAD) + state.count.log()[:, :, None, None]
+        return logits.clamp_min(LOWEST), values
+
+
+def _nearest(pairs: torch.Tensor, centers: torch.Tensor, leaves: torch.Tensor) -> torch.Tensor:
+    """The center nearest to each pair, one-hot `[b, g, m, r]`, 0 where nothing leaves."""
+    # |x − c|² without |x|², which is the same for all centers
+    distances = centers.square().sum(-1).unsqueeze(2) - 2 * pairs @ centers.transpose(-1, -2)
+    nearest = distances.argmin(dim=-1, keepdim=True)
+    return torch.zeros_like(distances).scatter_(-1, nearest, 1) * leaves.unsqueeze(-1)

@@ -1,0 +1,1 @@
+"""What a measurement says: the machine, a line of JSON, a plot."""

@@ -1,0 +1,121 @@
+"""The oracle: LESS as one plain O(T²) masked formula, without slots, recurrence or virtual tokens.
+
+Axes: `b` batch, `h` query heads, `g` KV heads, `s` = h / g, `n` queries of one block, `T` all tokens, `d` head dim,
+`r` rank, `f` token counts of the policy.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from less_cache.memory.base import TrainedMemory
+from less_cache.ops.attention import group_heads
+from less_cache.policies import EvictionPolicy
+
+
+def reference_attention(
+    query_states: torch.Tensor,
+    key_states: torch.Tensor,
+    value_states: torch.Tensor,
+    policy: EvictionPolicy,
+    blocks: Sequence[int],
+    kernels: TrainedMemory | None = None,
+    real: torch.Tensor | None = None,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a `LESSLayer` must give for tokens that were fed in `blocks`, in float64.
+
+        w_ij = e^{l_ij} where query i sees token j, Σ_r φ_r(q_i) β_ir ψ_r(k_j) e^{−λ_r (i − j)} where j is evicted, otherwise 0
+        out_i = Σ_j w_ij v_j / Σ_j w_ij
+
+    This is the formula of LESS with H and z written out as sums over the evicted tokens, whose means φ may read. β is 1 but
+    where a memory bounds the weight of a virtual token, to W_r of Z_r: then it is W_r / Z_r. A query
+    sees the tokens that were kept before its block and those of its block up to itself; after every block there is one
+    selection, by the policy's own methods over columns for all T tokens (position -1: padding, evicted or not yet there).
+
+    Args:
+        query_states: After RoPE, `[b, h, T, d]`.
+        key_states: After RoPE, `[b, g, T, d]`.
+        value_states: `[b, g, T, d]`.
+        policy: Which tokens are kept.
+        blocks: How the tokens came, such as `[prompt, 1, 1, 1]`; the sum is T.
+        kernels: φ and ψ; None: evicted tokens are lost.
+        real: Which tokens are not padding, bool `[b, T]`; None: all. What is returned at padding has no meaning.
+        scaling: Factor of q·k; None: 1/√d.
+        softcap: Soft cap of the logits; None: none.
+        sinks: Learned logits without a value, `[h]`, that share the denominator (gpt-oss).
+
+    Returns:
+        Outputs `[b, h, T, d]`, and the tokens kept after each block, bool `[len(blocks), b, g, T]`. The evicted ones are
+        those before the block's end that are real and not kept.
+
+    >>> from less_cache import SinkRecent
+    >>> q, k, v = torch.randn(1, 4, 6, 8), torch.randn(1, 2, 6, 8), torch.randn(1, 2, 6, 8)
+    >>> outputs, kept = reference_attention(q, k, v, SinkRecent(sinks=1, recent=2), blocks=[4, 1, 1])
+    >>> outputs.shape
+    torch.Size([1, 4, 6, 8])
+    >>> kept[:, 0, 0].int()
+    tensor([[1, 0, 1, 1, 0, 0],
+            [1, 0, 0, 1, 1, 0],
+            [1, 0, 0, 0, 1, 1]], dtype=torch.int32)
+    """
+    b, g, T, d = key_states.shape
+    scaling = d**-0.5 if scaling is None else scaling
+    real = torch.ones(b, T, dtype=torch.bool) if real is None else real.bool()
+    row_positions = (real.cumsum(-1) - 1).masked_fill(~real, -1)  # [b, T]
+    positions = row_positions.unsqueeze(1).expand(b, g, T)
+    token = torch.arange(T)
+
+    queries = group_heads(query_states, g).double()  # [b, g, s, T, d]
+    keys, values = key_states.double()[:, :, None], value_states.double()[:, :, None]  # [b, g, 1, T, d]
+    logits = queries @ keys.transpose(-1, -2) * scaling  # [b, g, s, T, T]
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    exponentials = logits.exp()
+    sink_mass = 0.0 if sinks is None else sinks.double().exp().view(1, g, -1, 1, 1)
+    if kernels is not None:
+        key_features = kernels.key_features(key_states).double()  # [b, g, T, r]
+        remembered = kernels.remembered(key_states, value_states).double()[:, :, None]  # [b, g, 1, T, *]
+        fading = kernels.fading_rates()
+        rates = torch.zeros(g, kernels.num_virtual_tokens) if fading is None else fading
+
+    held = torch.zeros(b, g, T, dtype=torch.bool)
+    scores = policy.arrival(positions)
+    outputs, kept = [], []
+    counts, settled = policy.resolve(torch.zeros(b, dtype=torch.long)), torch.zeros(b, dtype=torch.bool)
+    start = 0
+    for n in blocks:
+        rows = slice(start, start + n)
+        block = token[rows, None]  # [n, 1]
+        new = (token >= start) & (token <= block) & real[:, None, None]  # [b, 1, n, T]
+        sees = held.unsqueeze(2) | new | (token == block)  # [b, g, n, T]; even padding sees itself
+        evicted = (token < start) & real.unsqueeze(1) & ~held  # [b, g, T]
+
+        sparse = exponentials[:, :, :, rows] * sees.unsqueeze(2)  # [b, g, s, n, T]
+        weights = sparse
+        if kernels is not None:
+            ages = (row_positions[:, rows, None] - row_positions[:, None])[:, None, :, :, None]  # [b, 1, n, T, 1]
+            folded = key_features[:, :, None] * torch.exp(-rates[:, None, None].double() * ages)  # [b, g, n, T, r]
+            folded = folded * evicted[:, :, None, :, None]
+            mass = folded.sum(3).unsqueeze(-1).clamp_min(torch.finfo(torch.float32).tiny)  # [b, g, n, r, 1]
+            means = (folded.transpose(-1, -2) @ remembered / mass).float()  # [b, g, n, r, *]
+            log_query_features = kernels.log_query_features(query_states[:, :, rows], means, scaling, softcap)
+            log_mass = mass.squeeze(-1).log().unsqueeze(2)  # [b, g, 1, n, r]
+            query_features = (log_query_features.double() + kernels.log_weights(log_mass) - log_mass).exp()
+            weights = sparse + torch.einsum("bgsnr,bgntr->bgsnt", query_features, folded)
+        outputs.append(weights @ values / (weights.sum(-1, keepdim=True) + sink_mass))
+
+        observed = sparse / (sparse.sum(-1, keepdim=True) + sink_mass) * real[:, None, None, rows, None]
+        scores = policy.observe(scores, observed.float(), row_positions[:, rows])
+
+        seen = real[:, : start + n].sum(-1)  # [b]
+        settled |= (real[:, rows].sum(-1) == 1) & real[:, :start].any(-1)  # a token alone ends the row's prompt
+        counts = torch.where(settled.unsqueeze(-1), counts, policy.resolve(seen))  # [b, f]
+        present = held | ((token >= start) & (token < start + n) & real.unsqueeze(1))
+        held = policy.keep(scores, positions.masked_fill(~present, -1), seen.view(b, 1, 1), counts.T[:, :, None, None])
+        kept.append(held)
+        start += n
+    assert start == T, f"blocks sum to {start}, there are {T} tokens"
+    return torch.cat(outputs, dim=3).flatten(1, 2), torch.stack(kept)
