@@ -22,7 +22,7 @@ import typer
 
 from less_cache import H2O, SinkRecent
 from less_cache.bench.timing import Spread, alternate, ratios
-from less_cache.cache import layer as layer_module
+from less_cache.backends import select
 from less_cache.cache.layer import LESSLayer
 from less_cache.memory import MEMORIES
 from less_cache.reports import machine, outputs
@@ -52,7 +52,7 @@ def main(
     if form == "native" and fused._compiled() is None:
         raise SystemExit("error: expected a C++ compiler")
     torch.set_default_device(device)
-    layer_module.FUSED = {device.type: fused.__name__}
+    select.BACKENDS = {device.type: fused.__name__}
     policies = [H2O(budget // 2, budget - budget // 2), SinkRecent(4, budget - 4)]
     table = []
     for policy, memory, dtype in itertools.product(policies, MEMORY_NAMES, fused.DTYPES):
@@ -132,7 +132,7 @@ def timing(device: torch.device, rounds: int, steps: int = 100) -> list[dict]:
 def read(layer: LESSLayer, block: list[torch.Tensor], form: str) -> torch.Tensor:
     """Give a layer tokens, a single one in the given form; its output."""
     query_states, key_states, value_states = block
-    with mock.patch.dict(layer_module.FUSED, clear=form == "pytorch"):
+    with mock.patch.dict(select.BACKENDS, clear=form == "pytorch"):
         key_states, value_states = layer.update(key_states, value_states)
         return layer.attend(no_attention, MODULE, query_states, key_states, value_states, None)[0]
 

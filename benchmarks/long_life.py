@@ -45,7 +45,7 @@ def decode(steps: int) -> dict[str, int]:
 start = time.process_time()
 report = {"layers": LAYERS, **describe(torch.device("cpu")), "early": decode(EARLY), "last": decode(STEPS - EARLY)}
 report["cpu_seconds"] = round(time.process_time() - start, 1)
-report["positions"] = [sorted(layer.positions.flatten().tolist()) for layer in cache.layers]
+report["positions"] = [sorted(layer.held.slots.positions.flatten().tolist()) for layer in cache.layers]
 assert report["early"]["cache_bytes"] == report["last"]["cache_bytes"], report
 assert all(positions[-8:] == list(range(STEPS - 8, STEPS)) for positions in report["positions"]), report
 assert all(tensor.isfinite().all() for layer in cache.layers for tensor in layer.tensors().values()), report

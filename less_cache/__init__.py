@@ -1,9 +1,8 @@
 """A KV cache of constant size that still remembers everything, for any Hugging Face language model."""
 
-from less_cache.cache.cache import LESSCache, MemoryFootprint
+from less_cache.cache import LESSCache, MemoryFootprint
 from less_cache.errors import LESSError
-from less_cache.kernels.config import LESSConfig
-from less_cache.kernels.kernels import LESSKernels
+from less_cache.kernels import LESSConfig, LESSKernels
 from less_cache.policies import CORM, H2O, POLICIES, EvictionPolicy, SinkRecent
 from less_cache.version import __version__
 

@@ -12,7 +12,7 @@ import tiny
 import torch
 
 from less_cache import H2O, SinkRecent
-from less_cache.cache import layer as layer_module
+from less_cache.backends import select
 from less_cache.cache.layer import LESSLayer
 from less_cache.memory.base import LayerMemory
 from less_cache.memory.centroids import LayerCentroids
@@ -27,7 +27,7 @@ ONE_ROUNDING = {  # of the output; scores and state are float32
 
 def taken_by(form: ModuleType):
     """Steps on a processor are offered to `form` alone."""
-    return mock.patch.dict(layer_module.FUSED, {"cpu": form.__name__}, clear=True)
+    return mock.patch.dict(select.BACKENDS, {"cpu": form.__name__}, clear=True)
 
 
 def layer_memory(name: str | None, h: int, g: int, d: int) -> LayerMemory | None:
@@ -65,7 +65,7 @@ def assert_agree(
     for n in [prompt] + [1] * steps:
         block = [each[:, :, start : start + n] for each in states]
         mask = real if n > 1 or real_steps else None
-        with mock.patch.dict(layer_module.FUSED, clear=True):
+        with mock.patch.dict(select.BACKENDS, clear=True):
             expected = tiny.feed(plain, *block, [n], mask, **attention)
         with taken_by(form), mock.patch.object(form, "step", wraps=form.step) as fused_step:
             output = tiny.feed(layer, *block, [n], mask, **attention)
@@ -87,9 +87,9 @@ def assert_agree(
 @pytest.mark.parametrize("memory", [None, "low_rank", "soft_centroids"])
 def test_float32(form, policy, memory):
     layer = assert_agree(form, policy, memory)
-    assert (layer.positions >= 0).sum() == 5
+    assert (layer.held.slots.positions >= 0).sum() == 5
     if memory is not None:
-        assert (layer.state.features_sum > 0).all()
+        assert (layer.held.state.features_sum > 0).all()
 
 
 def test_bfloat16(form):
@@ -128,15 +128,15 @@ def padded(lengths: list[int], total: int) -> torch.Tensor:
 @pytest.mark.parametrize("policy", [H2O(2, 2), SinkRecent(1, 3), H2O(0.5, 0.25)], ids=["h2o", "sink_recent", "fractions"])
 def test_rows_of_different_lengths(form, policy):
     layer = assert_agree(form, policy, "low_rank", b=3, prompt=6, steps=4, real=padded([5, 8, 10], 10))
-    assert layer.seen.tolist() == [5, 8, 10]
+    assert layer.held.rows.seen.tolist() == [5, 8, 10]
 
 
 def test_padding_among_the_steps(form):
     real = padded([1, 6, 9], 9)  # the first row begins with the last step
     real[1, 7] = False
     layer = assert_agree(form, H2O(2, 2), "soft_centroids", b=3, prompt=5, steps=4, real=real, real_steps=True)
-    assert layer.seen.tolist() == [1, 5, 9]
-    assert layer.settled.tolist() == [False, True, True]
+    assert layer.held.rows.seen.tolist() == [1, 5, 9]
+    assert layer.held.rows.settled.tolist() == [False, True, True]
 
 
 # Ties
@@ -151,7 +151,7 @@ def test_ties(form, policy):
     states = torch.full((1, 2, length, 8), 50.0), key_states, torch.randn(1, 1, length, 8)
     layer = assert_agree(form, policy, "low_rank", states, prompt=capacity, steps=steps)
     assert tiny.held_positions(layer) == [[list(range(steps, length))]]
-    assert (layer.scores[layer.positions >= 0] == 2).all()
+    assert (layer.held.slots.scores[layer.held.slots.positions >= 0] == 2).all()
 
 
 def test_equal_weights(form):

@@ -426,7 +426,7 @@ def test_fractions_are_of_the_prompt(prompt_blocks):
     feed(model, cache, *(tokens(batch=2, length=length) for length in prompt_blocks), tokens(batch=2, length=1))
     for length in (50, 1, 9):
         feed(model, cache, tokens(batch=2, length=length))
-        assert cache.layers[0].counts.tolist() == [[6, 3]] * 2
+        assert cache.layers[0].held.rows.counts.tolist() == [[6, 3]] * 2
         assert cache.layers[0].keys.shape[2] == 6 + 3 + 1
 
 
@@ -456,7 +456,7 @@ def test_ranks_by_layer(tmp_path):
     kernels = tiny_kernels(model, rank=[2, 6], hidden_size=[8, 4])
     cache, prompt = LESSCache(model, H2O(4, 3), kernels), tokens(batch=3)
     expected = generate(model, cache, prompt)
-    assert [layer.state.features_sum.shape for layer in cache.layers] == [(3, 2, 2), (3, 2, 6)]
+    assert [layer.held.state.features_sum.shape for layer in cache.layers] == [(3, 2, 2), (3, 2, 6)]
     b, g, d = 3, 2, 8
     assert cache.memory_footprint().low_rank_state == b * g * (2 + 6) * (d + 1) * 4
     cache.save(tmp_path / "cache.safetensors")
@@ -511,7 +511,13 @@ def test_no_graph_is_kept():
     for block in (20, 1, 1, 5, 1):
         assert model(tokens(length=block), past_key_values=cache).logits.requires_grad
         for layer in cache.layers:
-            state = layer.keys, layer.values, layer.scores, layer.state.values_sum, layer.state.features_sum
+            state = (
+                layer.keys,
+                layer.values,
+                layer.held.slots.scores,
+                layer.held.state.values_sum,
+                layer.held.state.features_sum,
+            )
             assert not any(tensor.requires_grad for tensor in state)
 
 
@@ -545,14 +551,19 @@ def test_state_is_float32_whatever_the_default():
         torch.set_default_dtype(torch.float32)
     for layer in cache.layers:
         assert layer.keys.dtype == torch.bfloat16
-        assert layer.scores.dtype == layer.state.values_sum.dtype == layer.state.features_sum.dtype == torch.float32
+        assert (
+            layer.held.slots.scores.dtype
+            == layer.held.state.values_sum.dtype
+            == layer.held.state.features_sum.dtype
+            == torch.float32
+        )
 
 
 def test_caches_share_kernels():
     model, prompt = tiny_llama(), tokens()
     kernels: LESSKernels = tiny_kernels(model)
     one, other = LESSCache(model, H2O(4, 3), kernels), LESSCache(model, H2O(4, 3), kernels)
-    assert one.layers[0].kernels is other.layers[0].kernels is kernels.for_layer(0)
+    assert one.layers[0].setup.memory is other.layers[0].setup.memory is kernels.for_layer(0)
     alone = generate(model, LESSCache(model, H2O(4, 3), kernels), prompt)
     generate(model, other, tokens(batch=2))
     assert_same(alone, generate(model, one, prompt), atol=0)

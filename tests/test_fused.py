@@ -21,7 +21,7 @@ from triton.compiler import ASTSource
 
 from less_cache import CORM, H2O, SinkRecent
 from less_cache.backends import triton as fused
-from less_cache.cache import layer as layer_module
+from less_cache.backends import select
 from less_cache.cache.layer import LESSLayer
 from less_cache.cache.static import StaticLESSLayer
 from less_cache.memory import MEMORIES
@@ -48,7 +48,7 @@ TYPES = {
 
 @pytest.fixture(autouse=True)
 def no_other_form(monkeypatch):
-    monkeypatch.setattr(layer_module, "FUSED", {})
+    monkeypatch.setattr(select, "BACKENDS", {})
 
 
 @contextlib.contextmanager
@@ -80,7 +80,7 @@ def test_torch_compile_never_asks_for_it():
     with (
         fusing(),
         mock.patch("torch.compiler.is_compiling", return_value=True),
-        mock.patch.object(layer_module, "_module", side_effect=AssertionError),
+        mock.patch.object(select, "_module", side_effect=AssertionError),
     ):
         outputs()
 
@@ -112,13 +112,13 @@ def test_without_triton(monkeypatch):
     monkeypatch.delitem(sys.modules, "less_cache.backends.triton")
     monkeypatch.delattr("less_cache.backends.triton")
     monkeypatch.setitem(sys.modules, "triton", None)  # importing it raises
-    layer_module._module.cache_clear()
+    select._module.cache_clear()
     try:
         with taken_by(fused), warnings.catch_warnings(action="error"):
             assert torch.equal(outputs()[0], expected)
-            assert layer_module._module("less_cache.backends.triton") is None
+            assert select._module("less_cache.backends.triton") is None
     finally:
-        layer_module._module.cache_clear()
+        select._module.cache_clear()
 
 
 def test_a_kernel_that_does_not_run_warns_once():

@@ -211,7 +211,7 @@ def test_deleting_the_cache_frees_it(name, policy):
         cache = LESSCache(model, policy, tiny_kernels(model))
         generate(model, cache, prompt)
         layers = list(cache.layers)
-        held = [cache, *layers, *(layer.keys for layer in layers), *(layer.state.values_sum for layer in layers)]
+        held = [cache, *layers, *(layer.keys for layer in layers), *(layer.held.state.values_sum for layer in layers)]
         references = [weakref.ref(one) for one in held]
         del cache, layers, held
         assert [reference() for reference in references] == [None] * len(references)

@@ -67,10 +67,10 @@ def test_autocast(policy, trained):
         generate(model, cache, inputs)
     for layer in cache.layers:
         assert layer.values.dtype == torch.bfloat16
-        assert layer.scores.dtype == torch.float32
+        assert layer.held.slots.scores.dtype == torch.float32
         if trained:
-            assert layer.state.values_sum.dtype == torch.float32
-            assert layer.state.values_sum.isfinite().all()
+            assert layer.held.state.values_sum.dtype == torch.float32
+            assert layer.held.state.values_sum.isfinite().all()
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch moves its quantisation to torchao

@@ -47,7 +47,7 @@ def outputs(policy=POLICY, memory=None, dtype=torch.float32, **attention) -> tup
 
 
 def outputs_in_pytorch(**options) -> torch.Tensor:
-    with mock.patch.dict("less_cache.cache.layer.FUSED", clear=True):
+    with mock.patch.dict("less_cache.backends.select.BACKENDS", clear=True):
         return outputs(**options)[0]
 
 
@@ -161,10 +161,10 @@ def test_a_layer_reads_its_prompt_so(dtype):
     with mock.patch.object(native, "read_prompt", wraps=native.read_prompt) as read:
         output = tiny.feed(layers[0], *states, [50])
     assert read.call_count == 1
-    with mock.patch.dict("less_cache.cache.layer.FUSED", clear=True):
+    with mock.patch.dict("less_cache.backends.select.BACKENDS", clear=True):
         torch.testing.assert_close(output, tiny.feed(layers[1], *states, [50]), **ONE_ROUNDING[dtype])
     assert tiny.held_positions(layers[0]) == tiny.held_positions(layers[1])
-    torch.testing.assert_close(layers[0].scores, layers[1].scores, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(layers[0].held.slots.scores, layers[1].held.slots.scores, rtol=1e-5, atol=1e-5)
 
 
 # When it is taken
@@ -200,7 +200,7 @@ def test_weights_that_were_replaced_are_read():
     memory.load_state_dict(tiny.layer_kernels(2, 1, 8, seed=1).state_dict(), assign=True)
     other, states = layer.fork(), tiny.random_states(1, 2, 1, 1, 8)
     output = tiny.feed(layer, *states, [1])
-    with mock.patch.dict("less_cache.cache.layer.FUSED", clear=True):
+    with mock.patch.dict("less_cache.backends.select.BACKENDS", clear=True):
         torch.testing.assert_close(output, tiny.feed(other, *states, [1]))
 
 
@@ -232,7 +232,7 @@ def test_torch_compile_never_asks_for_it():
     with (
         taken_by(native),
         mock.patch("torch.compiler.is_compiling", return_value=True),
-        mock.patch("less_cache.cache.layer._module", side_effect=AssertionError),
+        mock.patch("less_cache.backends.select._module", side_effect=AssertionError),
     ):
         outputs()
 

@@ -30,7 +30,7 @@ each_case = pytest.mark.parametrize("policy, kernels", MOST)
 
 @pytest.fixture(autouse=True)
 def in_pytorch(monkeypatch):
-    monkeypatch.setattr("less_cache.cache.layer.FUSED", {})
+    monkeypatch.setattr("less_cache.backends.select.BACKENDS", {})
 
 
 class Operations(TorchDispatchMode):
@@ -102,9 +102,9 @@ def test_features_are_those_of_one_token(policy, memory, monkeypatch):
     """φ of the new token for every query head, ψ of the victim for every KV head, and no more."""
     layer, shapes = full_layer(policy, memory, b=3), []
     for name in ("log_query_features", "key_features"):
-        features = getattr(layer.kernels, name)
+        features = getattr(layer.setup.memory, name)
         monkeypatch.setattr(
-            layer.kernels,
+            layer.setup.memory,
             name,
             lambda states, *args, name=name, of=features: shapes.append((name, *states.shape)) or of(states, *args),
         )

@@ -47,7 +47,10 @@ def test_new_tensors_go_to_the_device_of_the_keys(policy, padding):
 
     layer.attend = attend_elsewhere
     torch.testing.assert_close(tiny.feed(layer, *states, blocks, real), expected, equal_nan=True)
-    assert {tensor.device.type for tensor in (layer.keys, layer.positions, layer.seen, layer.state.values_sum)} == {"cpu"}
+    assert {
+        tensor.device.type
+        for tensor in (layer.keys, layer.held.slots.positions, layer.held.rows.seen, layer.held.state.values_sum)
+    } == {"cpu"}
 
 
 def test_each_layer_has_the_device_of_its_keys():
@@ -58,7 +61,7 @@ def test_each_layer_has_the_device_of_its_keys():
     for layer, device in zip(cache.layers, ("cpu", "meta"), strict=True):
         keys = torch.zeros(1, 2, 5, 8, device=device)
         cache.update(keys, keys, layer.layer_idx)
-        tensors = layer.seen, layer.state.values_sum, layer.state.features_sum, layer.kernels.query_in
+        tensors = layer.held.rows.seen, layer.held.state.values_sum, layer.held.state.features_sum, layer.setup.memory.query_in
         assert {tensor.device.type for tensor in tensors} == {device}
     assert {parameter.device.type for parameter in kernels.parameters()} == {"cpu"}
 

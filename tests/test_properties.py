@@ -55,7 +55,7 @@ def test_a_budget_of_all_tokens_gives_the_full_caches_logits(model, blocks, b, w
     for policy in (H2O(max(length - 1, 1), 1), SinkRecent(length - 1, 1), CORM(window=1, recent=length)):
         cache = LESSCache(model, policy=policy, kernels=kernels)
         torch.testing.assert_close(logits(model, cache, tokens, blocks), expected, rtol=1e-5, atol=2e-5)
-        assert all((layer.positions >= 0).sum(dim=-1).eq(length).all() for layer in cache.layers)
+        assert all((layer.held.slots.positions >= 0).sum(dim=-1).eq(length).all() for layer in cache.layers)
 
 
 @pytest.mark.parametrize("name", POLICIES)
@@ -79,7 +79,7 @@ def test_every_layer_of_a_model_equals_the_reference(name, data):
         logits(model, cache, random_tokens(2, length, data.draw(SEEDS)), blocks, real)
     for layer, recordings in zip(cache.layers, taken, strict=True):
         *states, output = (torch.cat(each, dim=2) for each in recordings)  # [b, h or g, T, d]
-        expected, kept = reference_attention(*states, cache.policy, blocks, layer.kernels, real)
+        expected, kept = reference_attention(*states, cache.policy, blocks, layer.setup.memory, real)
         assert torch.equal(tiny.held_tokens(layer, real), kept[-1])
         wanted = real[:, None, :, None].expand_as(output)
         torch.testing.assert_close(output[wanted], expected[wanted].float(), rtol=1e-4, atol=1e-5)
@@ -127,7 +127,7 @@ def test_kernels_never_change_what_the_first_layer_keeps(name, data):
     caches = [LESSCache(MODEL, policy=policy, kernels=kernels) for kernels in (None, tiny.tiny_kernels(MODEL))]
     for cache in caches:
         logits(MODEL, cache, tokens, blocks)
-    assert torch.equal(caches[0].layers[0].positions, caches[1].layers[0].positions)
+    assert torch.equal(caches[0].layers[0].held.slots.positions, caches[1].layers[0].held.slots.positions)
 
 
 @pytest.mark.parametrize("policy", [H2O(4, 4), SinkRecent(2, 6), CORM(4, 4)])

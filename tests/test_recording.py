@@ -29,11 +29,11 @@ def assert_equal_layers(layer: LESSLayer, other: LESSLayer) -> None:
         return
     for name in set(PER_ROW) - {"keys", "values"}:
         assert torch.equal(getattr(layer, name), getattr(other, name)), name
-    held = layer.positions >= 0
+    held = layer.held.slots.positions >= 0
     assert torch.equal(layer.keys[held], other.keys[held]) and torch.equal(layer.values[held], other.values[held])
-    if layer.state is not None:
-        assert torch.equal(layer.state.values_sum, other.state.values_sum)
-        assert torch.equal(layer.state.features_sum, other.state.features_sum)
+    if layer.held.state is not None:
+        assert torch.equal(layer.held.state.values_sum, other.held.state.values_sum)
+        assert torch.equal(layer.held.state.features_sum, other.held.state.features_sum)
 
 
 @pytest.mark.parametrize("padding", ["none", "left"])

@@ -440,7 +440,7 @@ def test_half_precision_costs_what_it_costs_a_full_cache(dtype, autocast, model,
     assert ours < 3 * full
     for layer in cache.layers:
         assert layer.values.dtype == dtype
-        assert layer.scores.dtype == layer.state.values_sum.dtype == torch.float32
+        assert layer.held.slots.scores.dtype == layer.held.state.values_sum.dtype == torch.float32
 
 
 @pytest.mark.parametrize("folder", sorted(KERNELS.parent.glob("smollm2-135m-instruct-*")), ids=lambda folder: folder.name)

@@ -140,7 +140,7 @@ def test_scores_come_from_the_fused_form_where_there_is_one():
     with mock.patch.object(native, "read_prompt", wraps=native.read_prompt) as read:
         fused = list(teacher.scores_after(examples))
     assert read.call_count == 2
-    with mock.patch.dict("less_cache.cache.layer.FUSED", clear=True):
+    with mock.patch.dict("less_cache.backends.select.BACKENDS", clear=True):
         for mine, expected in zip(fused, teacher.scores_after(examples), strict=True):
             torch.testing.assert_close(mine, expected, rtol=1e-5, atol=1e-5)
 

@@ -157,10 +157,10 @@ def feed(
 
 def held_positions(layer: LESSLayer) -> list[list[list[int]]]:
     """Positions that each row's KV heads hold, in order."""
-    return [[sorted(p for p in head if p >= 0) for head in row] for row in layer.positions.tolist()]
+    return [[sorted(p for p in head if p >= 0) for head in row] for row in layer.held.slots.columns().positions.tolist()]
 
 
 def held_tokens(layer: LESSLayer, real: torch.Tensor) -> torch.Tensor:
     """Which of the tokens seen each KV head holds, bool `[b, g, T]`. `real`: `[b, T]`."""
     row_positions = (real.cumsum(-1) - 1).masked_fill(~real, -2)  # [b, T]; -2 is in no slot
-    return (layer.positions.unsqueeze(-1) == row_positions[:, None, None]).any(dim=2)
+    return (layer.held.slots.columns().positions.unsqueeze(-1) == row_positions[:, None, None]).any(dim=2)

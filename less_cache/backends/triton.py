@@ -31,7 +31,8 @@ import triton.language as tl
 
 from less_cache.memory.state import LowRankState
 from less_cache.ops.call import AttentionCall
-from less_cache.policies import H2O, SinkRecent
+from less_cache.policies import H2O, EvictionPolicy, SinkRecent
+from less_cache.slots import Held, Setup
 
 POLICIES = (H2O, SinkRecent)  # what they count: (heavy, recent) and (sinks, recent)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -40,33 +41,35 @@ TILE, WARPS = 4096, 8  # numbers of a block of keys or values, and the warps who
 _failed = False
 
 
-def can(layer: Any, call: AttentionCall) -> bool:
-    """Whether `step` knows how to take the one token of `call` into the `LESSLayer`."""
+def can_step(setup: Setup, held: Held, call: AttentionCall) -> bool:
+    """Whether `step` knows how to take the one token of `call` into `held`."""
     return (
         not _failed
-        and type(layer.policy) in POLICIES
-        and (layer.state is None or isinstance(layer.state, LowRankState))
+        and type(setup.policy) in POLICIES
+        and held.slots.is_plain
+        and (held.state is None or isinstance(held.state, LowRankState))
         and call.softcap is None
         and call.sinks is None
-        and all(states.dtype in DTYPES for states in (layer.keys, layer.values, call.query_states))
+        and all(states.dtype in DTYPES for states in (held.slots.keys, held.slots.values, call.query_states))
     )
 
 
-def step(layer: Any, call: AttentionCall) -> torch.Tensor | None:
-    """What `LESSLayer._step` does: `[b, h, 1, w]`; None, and nothing done, where the kernel does not run here."""
+def step(setup: Setup, held: Held, call: AttentionCall) -> torch.Tensor | None:
+    """One token a row: `[b, h, 1, w]`; None, and nothing done, where the kernel does not run here."""
+    slots, rows = held.slots, held.rows
     query_states, key_states, value_states = (
         states.contiguous() for states in (call.query_states, call.key_states, call.value_states)
     )
     b, h, _, d = query_states.shape
-    g, w, c = key_states.shape[1], value_states.shape[-1], layer.keys.shape[2]
+    g, w, c = key_states.shape[1], value_states.shape[-1], slots.keys.shape[2]
     logits, means, r = None, None, 0
-    if layer.state is not None:
-        logits, means = layer.kernels.virtual_tokens(layer.state, query_states, call.scaling)
+    if held.state is not None:
+        logits, means = setup.memory.virtual_tokens(held.state, query_states, call.scaling)
         logits, means, r = logits.contiguous(), means.contiguous(), means.shape[2]  # [b, g, s, 1, r], [b, g, r, w]
     real = None if call.real is None else call.real.contiguous()  # [b, 1]
     output = value_states.new_empty(b, h, 1, w)
     key, value = torch.empty_like(key_states), torch.empty_like(value_states)  # of the token that leaves
-    left = layer.positions.new_empty(b, g, 1)  # its position, -1 where none does
+    left = slots.positions.new_empty(b, g, 1)  # its position, -1 where none does
     width = max(_block(d), _block(w))
     attended = _launched(
         _attend,
@@ -74,13 +77,13 @@ def step(layer: Any, call: AttentionCall) -> torch.Tensor | None:
         query_states,
         key_states,
         value_states,
-        layer.keys,
-        layer.values,
-        layer.positions,
-        layer.scores,
-        layer.seen,
-        layer.counts,
-        layer.settled,
+        slots.keys,
+        slots.values,
+        slots.positions,
+        slots.scores,
+        rows.seen,
+        rows.counts,
+        rows.settled,
         real,
         logits,
         means,
@@ -95,7 +98,7 @@ def step(layer: Any, call: AttentionCall) -> torch.Tensor | None:
         D=d,
         W=w,
         R=r,
-        OBSERVES=isinstance(layer.policy, H2O),
+        OBSERVES=isinstance(setup.policy, H2O),
         PADS=real is not None,
         S_BLOCK=triton.next_power_of_2(h // g),
         C_BLOCK=max(16, min(64, _block(c), TILE // width)),
@@ -107,16 +110,21 @@ def step(layer: Any, call: AttentionCall) -> torch.Tensor | None:
     if not attended:
         return None
     arrived = 1 if real is None else real.squeeze(-1)
-    layer.seen += arrived
-    if layer.state is not None:
-        weights = layer.kernels.pair_weights(key, left >= 0, left, layer.seen.view(-1, 1, 1))  # [b, g, 1, r]
-        fold_in(layer.state, weights, layer.kernels.remembered(key, value), layer.kernels.share_left(arrived))
+    rows.seen += arrived
+    if held.state is not None:
+        weights = setup.memory.pair_weights(key, left >= 0, left, rows.seen.view(-1, 1, 1))  # [b, g, 1, r]
+        fold_in(held.state, weights, setup.memory.remembered(key, value), setup.memory.share_left(arrived))
     return output
 
 
-def can_read(policy: Any, call: AttentionCall) -> bool:
+def can_read(policy: EvictionPolicy, call: AttentionCall) -> bool:
     """A prompt is PyTorch's."""
     return False
+
+
+def read_prompt(policy, call, scores, positions, start, attends):
+    """Never asked for."""
+    raise NotImplementedError
 
 
 def fold_in(state: LowRankState, weights: torch.Tensor, remembered: torch.Tensor, factors: torch.Tensor | None = None) -> None:

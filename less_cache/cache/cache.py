@@ -1,7 +1,6 @@
 """The cache that users pass to `generate`."""
 
 import copy
-import dataclasses
 import os
 import sys
 import warnings
@@ -10,51 +9,19 @@ from pathlib import Path
 
 import torch
 from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel, StaticCache
-from transformers.cache_utils import DynamicSlidingWindowLayer
+from transformers.cache_utils import DummyLayer
 
-from less_cache.cache import snapshot
-from less_cache.cache.layer import PER_ROW, LESSLayer
+from less_cache.cache import footprint, snapshot
+from less_cache.cache.footprint import MemoryFootprint
+from less_cache.cache.forward import Forward
+from less_cache.cache.layer import LESSLayer
 from less_cache.cache.static import StaticLESSLayer
 from less_cache.errors import LESSError
-from less_cache.hub.resolution import kernels_for
 from less_cache.integration import hook
-from less_cache.integration.families import (
-    Geometry,
-    check_supported,
-    fingerprint,
-    full_attention_layers,
-    geometry,
-    warn_untested,
-)
+from less_cache.integration.families import check_supported, full_attention_layers, warn_untested
+from less_cache.kernels.check import check_kernels
 from less_cache.kernels.kernels import LESSKernels
 from less_cache.policies import H2O, USUAL_BUDGET, EvictionPolicy, policy_class, policy_from_dict
-
-
-@dataclasses.dataclass(frozen=True)
-class MemoryFootprint:
-    """Bytes that a cache holds.
-
-    Args:
-        keys_values: Slots of kept tokens.
-        low_rank_state: H and z, float32.
-        bookkeeping: Positions, scores and counters, and what is recorded for `crop`.
-        full_cache: What a full cache would take for the tokens seen.
-    """
-
-    keys_values: int
-    low_rank_state: int
-    bookkeeping: int
-    full_cache: int
-
-    @property
-    def total(self) -> int:
-        """All that the cache holds."""
-        return self.keys_values + self.low_rank_state + self.bookkeeping
-
-    @property
-    def saved(self) -> float:
-        """Share of the full cache's bytes that is not held, at least 0."""
-        return max(0.0, 1 - self.total / self.full_cache) if self.full_cache else 0.0
 
 
 class LESSCache(Cache):
@@ -137,12 +104,20 @@ class LESSCache(Cache):
                 f"{', '.join(growing)}, which grows with the text. Use static=False."
             )
         super().__init__(layers=layers)
+        own_layers = [index for index, layer in enumerate(layers) if not isinstance(layer, LESSLayer | DummyLayer)]
+        self._forward = Forward(own_layers[-1] if own_layers else None)
+        self._interrupted = False
         self.policy = policy
         self.kernels = kernels
-        self._config = config
+        self.config = config
         self._may_warn = True  # once about positions that the model was not trained for
         self._model = None if loaded_model is None else weakref.ref(loaded_model)  # asked for its weights when saved
         hook.install()
+
+    @property
+    def model(self) -> PreTrainedModel | None:
+        """The model that the cache was made for, while it is there; None for a config."""
+        return None if self._model is None else self._model()
 
     def __getstate__(self) -> dict:
         return {**vars(self), "_model": None}  # a reference to a model is nothing to pickle
@@ -194,6 +169,8 @@ class LESSCache(Cache):
             token: For private and gated repositories; default: the one of `hf auth login`.
             static: Fixed shapes, as in `LESSCache`.
         """
+        from less_cache.hub.resolution import kernels_for  # the network: when it is asked for
+
         kernels = kernels_for(model, token)
         if kernels is None and policy is None:
             return cls(model, policy=H2O.from_budget(USUAL_BUDGET if budget is None else budget), static=static)
@@ -202,31 +179,63 @@ class LESSCache(Cache):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Called by the model's attention. Raises `LESSError` after a forward that ended between two layers."""
+        """Called by the model's attention. Raises `LESSError` after a forward that was interrupted."""
         layer = self.layers[layer_idx]
-        if isinstance(layer, LESSLayer) and layer.checks(key_states.shape[-2]):
-            self._check_whole()
+        if not isinstance(layer, LESSLayer):
+            self._reach(layer_idx, "update")
+        elif layer.checks(key_states.shape[-2]):
+            self.check_whole()
             self._check_positions(self.get_seq_length(layer_idx))
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
+    def update_conv_state(self, conv_states: torch.Tensor, layer_idx: int, state_idx: int = 0, **kwargs) -> torch.Tensor:
+        """Called by a model's linear attention."""
+        self._reach(layer_idx, "convolution", state_idx)
+        return super().update_conv_state(conv_states, layer_idx, state_idx, **kwargs)
+
+    def update_recurrent_state(
+        self, recurrent_states: torch.Tensor, layer_idx: int, state_idx: int = 0, **kwargs
+    ) -> torch.Tensor:
+        """Called by a model's linear attention."""
+        self._reach(layer_idx, "recurrence", state_idx)
+        return super().update_recurrent_state(recurrent_states, layer_idx, state_idx, **kwargs)
+
+    def _reach(self, layer_idx: int, what: str, index: int = 0) -> None:
+        """A layer of the model's own takes tokens in."""
+        if torch.compiler.is_compiling():
+            return
+        self._interrupted = self._interrupted or not self._forward.reach(layer_idx, what, index)
+        if self._interrupted:
+            self.check_whole()
+
+    def check_whole(self) -> None:
+        """Raise `LESSError` where a forward ended between two layers, or within one."""
+        less_layers = [layer for layer in self.layers if isinstance(layer, LESSLayer)]
+        lengths = {int(layer.cumulative_length) for layer in less_layers}
+        if self._interrupted or len(lengths) > 1:
+            seen = f" (tokens seen: {' and '.join(map(str, sorted(lengths)))})" if len(lengths) > 1 else ""
+            raise LESSError(
+                f"The last forward was interrupted between two layers{seen}. "
+                "Call cache.reset() and pass the whole conversation."
+            )
+        for layer in less_layers:
+            layer.check_whole()
+
+    def reset(self) -> None:
+        """Forget everything: the next text is a new one."""
+        super().reset()
+        self._forward.reset()
+        self._interrupted = False
+
     def _check_positions(self, seen: int) -> None:
         """Warn once where the text gets longer than what the model was trained on: the cache has no end, the model has."""
-        trained = getattr(self._config.get_text_config(decoder=True), "max_position_embeddings", None)
+        trained = getattr(self.config.get_text_config(decoder=True), "max_position_embeddings", None)
         if self._may_warn and trained is not None and seen > trained:
             self._may_warn = False
             warnings.warn(
                 f"The text is longer than the {trained} tokens that the model was trained for (max_position_embeddings): "
                 "the cache goes on at the same size, but what the model writes may get worse.",
                 stacklevel=2,
-            )
-
-    def _check_whole(self) -> None:
-        less_layers = [layer for layer in self.layers if isinstance(layer, LESSLayer)]
-        first, last = int(less_layers[0].cumulative_length), int(less_layers[-1].cumulative_length)
-        if first != last:
-            raise LESSError(
-                f"The last forward was interrupted between two layers (tokens seen: {first} and {last}). "
-                "Call cache.reset() and pass the whole conversation."
             )
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -246,6 +255,7 @@ class LESSCache(Cache):
         """
         other = copy.copy(self)
         other._model = self._model
+        other._forward = copy.deepcopy(self._forward)
         other.layers = [layer.fork() if isinstance(layer, LESSLayer) else copy.deepcopy(layer) for layer in self.layers]
         return other
 
@@ -257,24 +267,8 @@ class LESSCache(Cache):
 
         The kernels are not in the file, only their digest. What is recorded for `crop` is left out.
         """
-        self._check_whole()
-        layers: list[dict] = []
-        tensors: dict[str, torch.Tensor] = {}
-        for index, layer in enumerate(self.layers):
-            if not isinstance(layer, LESSLayer | DynamicSlidingWindowLayer):
-                raise LESSError(f"Layer {index}: a cache with {type(layer).__name__} cannot be saved.")
-            layers.append({"type": type(layer).__name__, "cumulative_length": int(layer.cumulative_length)})
-            if layer.cumulative_length > 0:
-                kept = layer.tensors() if isinstance(layer, LESSLayer) else _own_tensors(layer)
-                tensors |= {f"layers.{index}.{name}": tensor for name, tensor in kept.items()}
-        model = self._model() if self._model is not None else None
-        header = {
-            "model": _describe(self._config, model),
-            "policy": self.policy.to_dict(),
-            "kernels": None if self.kernels is None else snapshot.digest(self.kernels.state_dict()),
-            "layers": layers,
-        }
-        snapshot.write(Path(path), header, tensors)
+        self.check_whole()
+        snapshot.save(self, Path(path))
 
     @classmethod
     def load(
@@ -295,85 +289,11 @@ class LESSCache(Cache):
         Raises:
             LESSError: The cache was saved for another model or other kernels, or the file is damaged.
         """
-        header, tensors = snapshot.read(Path(path))
-        cache = cls(model, policy=policy_from_dict(header["policy"]), kernels=kernels, static=static)
-        saved_for = header["model"]
-        loaded = _describe(cache._config, None if isinstance(model, PreTrainedConfig) else model)
-        if saved_for["fingerprint"] is None or loaded["fingerprint"] is None:
-            saved_for["fingerprint"] = loaded["fingerprint"] = None
-        if saved_for != loaded:
-            raise LESSError(f"{path}: the cache was saved for another model: expected {saved_for}, got {loaded}.")
-        if header["kernels"] != (None if kernels is None else snapshot.digest(kernels.state_dict())):
-            had = "without kernels" if header["kernels"] is None else f"with kernels of digest {header['kernels'][:12]}…"
-            raise LESSError(f"{path}: the cache was saved {had}. Pass the same as kernels=.")
-        device = getattr(model, "device", torch.device("cpu"))
-        for index, (layer, saved) in enumerate(zip(cache.layers, header["layers"], strict=True)):
-            prefix = f"layers.{index}."
-            kept = {name.removeprefix(prefix): tensors[name].to(device) for name in tensors if name.startswith(prefix)}
-            if kept:
-                assert isinstance(layer, LESSLayer | DynamicSlidingWindowLayer), "no other layer is saved"
-                layer.lazy_initialization(kept["keys"], kept["values"])
-                if isinstance(layer, LESSLayer):
-                    layer.set_tensors(kept)
-                else:
-                    layer.keys, layer.values = kept["keys"], kept["values"]
-                layer.cumulative_length += saved["cumulative_length"]
-        return cache
+        return snapshot.load(cls, Path(path), model, kernels, static)
 
     def memory_footprint(self) -> MemoryFootprint:
         """Bytes held now, and what a full cache would take for as many tokens."""
-        keys_values = low_rank_state = bookkeeping = full_cache = 0
-        for layer in self.layers:
-            keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
-            if not isinstance(layer, LESSLayer):
-                keys_values += _bytes(keys, values)
-                full_cache += _bytes(keys, values)
-                continue
-            for name, tensor in layer.held().items():
-                if name in ("keys", "values"):
-                    keys_values += tensor.nbytes
-                elif name in PER_ROW:
-                    bookkeeping += tensor.nbytes
-                else:
-                    low_rank_state += tensor.nbytes
-            bookkeeping += layer.recorded_bytes
-            if keys is not None and values is not None:
-                full_cache += _bytes(keys[:, :, :1], values[:, :, :1]) * int(layer.cumulative_length)
-        return MemoryFootprint(keys_values, low_rank_state, bookkeeping, full_cache)
-
-
-def check_kernels(
-    kernels: LESSKernels, config: PreTrainedConfig, full_attention: list[int], model: PreTrainedModel | None
-) -> None:
-    """Raise unless the kernels fit the model: same geometry, same layers, same base model where both are known."""
-    expected, described = geometry(config), kernels.config
-    got = Geometry(
-        described.num_hidden_layers, described.num_attention_heads, described.num_key_value_heads, described.head_dim
-    )
-    if expected != got:
-        raise LESSError(
-            f"The kernels are for another geometry: the model has {expected}, the kernels {got}"
-            f"{f' ({described.base_model})' if described.base_model else ''}. Use kernels that were trained for this model."
-        )
-    if sorted(described.layers or []) != full_attention:
-        raise LESSError(
-            f"The kernels are for other layers: the model's full-attention layers are {full_attention}, "
-            f"the kernels' layers {described.layers}. Use kernels that were trained for this model."
-        )
-    model_type = config.get_text_config(decoder=True).model_type
-    if described.model_type is not None and described.model_type != model_type:
-        raise LESSError(
-            f"The kernels are for another architecture: expected {model_type!r}, got {described.model_type!r}. "
-            "Use kernels that were trained for this model."
-        )
-    wanted = described.base_model_fingerprint
-    readable = model is not None and not any(parameter.is_meta for parameter in model.parameters())  # not offloaded
-    if wanted is not None and model is not None and readable and (actual := fingerprint(model)) != wanted:
-        raise LESSError(
-            f"The kernels are for another base model: they were trained for {described.base_model!r} "
-            f"(fingerprint {wanted[:12]}…), the model's fingerprint is {actual[:12]}…. "
-            "If it is a derivative on purpose, set kernels.config.base_model_fingerprint = None."
-        )
+        return footprint.measure(self.layers)
 
 
 def _spending(budget: int | float | None, policy: EvictionPolicy | None, kernels: LESSKernels | None) -> EvictionPolicy | None:
@@ -387,21 +307,3 @@ def _spending(budget: int | float | None, policy: EvictionPolicy | None, kernels
             f"trained with {trained_with!r}. Pass the whole policy instead, such as policy=H2O.from_budget({budget!r})."
         )
     return policy_class(trained_with).from_budget(budget)
-
-
-def _describe(config: PreTrainedConfig, model: PreTrainedModel | None) -> dict:
-    """What a saved cache says about its model."""
-    return {
-        "model_type": config.get_text_config(decoder=True).model_type,
-        **dataclasses.asdict(geometry(config)),
-        "fingerprint": None if model is None else fingerprint(model),
-    }
-
-
-def _own_tensors(layer: DynamicSlidingWindowLayer) -> dict[str, torch.Tensor]:
-    assert layer.keys is not None and layer.values is not None, "a layer that has seen tokens holds some"
-    return {"keys": layer.keys, "values": layer.values}
-
-
-def _bytes(*tensors: torch.Tensor | None) -> int:
-    return sum(tensor.nbytes for tensor in tensors if tensor is not None)

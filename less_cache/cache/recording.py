@@ -4,6 +4,8 @@ from typing import Any
 
 from less_cache.ops.call import AttentionCall
 
+REACH = 1024  # tokens after which a recording that nobody crops ends
+
 
 class Recording:
     """A copy of a layer as it was, and the calls of attention that it has taken in since.

@@ -1,16 +1,16 @@
 """A layer of fixed shapes and addresses, for `torch.compile` and CUDA graphs."""
 
 import copy
-from collections.abc import Mapping
 
 import torch
 from torch._dynamo import mark_static_address
 
 from less_cache.cache.layer import LESSLayer
 from less_cache.errors import LESSError
-from less_cache.memory.base import LayerMemory
+from less_cache.memory import LayerMemory
 from less_cache.ops.call import AttentionCall
 from less_cache.policies import EvictionPolicy
+from less_cache.slots import Held
 
 
 class StaticLESSLayer(LESSLayer):
@@ -27,7 +27,17 @@ class StaticLESSLayer(LESSLayer):
     is_compileable = True
     is_croppable = False
 
-    def __init__(self, policy: EvictionPolicy, kernels: LayerMemory | None, layer_idx: int, leads: bool = True):
+    grows = False
+
+    def __init__(
+        self,
+        policy: EvictionPolicy,
+        kernels: LayerMemory | None,
+        layer_idx: int,
+        leads: bool = True,
+        slots: str = "float",
+        shares: torch.Tensor | None = None,
+    ):
         counts = policy.resolve(torch.ones(1, dtype=torch.long))  # [1, f]
         if policy.capacity(counts.T[:, :, None, None]) is None:
             raise LESSError(
@@ -37,17 +47,20 @@ class StaticLESSLayer(LESSLayer):
         self._buffers: dict[str, torch.Tensor] = {}  # by the names of `tensors`
         with torch.inference_mode(False):
             self.cumulative_length = torch.zeros((), dtype=torch.long)
-        super().__init__(policy, kernels, layer_idx, leads)
+        super().__init__(policy, kernels, layer_idx, leads, slots, shares)
 
     def reset(self) -> None:
         length = self.cumulative_length
         super().reset()
         self.cumulative_length = length.zero_()
 
+    def _begin(self, b: int, g: int, width: int, dtype: torch.dtype, device: torch.device) -> None:
+        super()._begin(b, g, width, dtype, device)
+        self.cumulative_length = _in_place(self.cumulative_length.to(device))
+
     @torch.compiler.disable
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         super().lazy_initialization(key_states, value_states)
-        self.cumulative_length = _in_place(self.cumulative_length.to(self.device))
 
     def get_seq_length(self) -> int:
         """Tokens seen, as a tensor; the number 0 before the first one, as in transformers' static layers."""
@@ -59,20 +72,21 @@ class StaticLESSLayer(LESSLayer):
 
     @torch.compiler.disable
     def _block(self, call: AttentionCall) -> torch.Tensor | None:
-        output = super()._block(call)
-        self.set_tensors(self.tensors())
-        return output
+        return super()._block(call)
 
-    def set_tensors(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        for name, tensor in tensors.items():
-            buffer = self._buffers.get(name)
-            if buffer is None or any(getattr(buffer, a) != getattr(tensor, a) for a in ("shape", "dtype", "device")):
-                self._buffers[name] = _in_place(tensor)
-            elif buffer is not tensor:
-                buffer.copy_(tensor)
-        super().set_tensors({name: self._buffers[name] for name in tensors})
+    def _hold(self, held: Held) -> None:
+        super()._hold(held.map(self._kept_in_place))
 
-    def held(self) -> dict[str, torch.Tensor]:
+    def _kept_in_place(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """The buffer of this name with what `tensor` holds; a new one for other shapes."""
+        buffer = self._buffers.get(name)
+        if buffer is None or any(getattr(buffer, a) != getattr(tensor, a) for a in ("shape", "dtype", "device")):
+            self._buffers[name] = _in_place(tensor)
+        elif buffer is not tensor:
+            buffer.copy_(tensor)
+        return self._buffers[name]
+
+    def allocated(self) -> dict[str, torch.Tensor]:
         return self._buffers
 
     @torch.inference_mode(False)
@@ -80,7 +94,7 @@ class StaticLESSLayer(LESSLayer):
         other = copy.copy(self)
         other._buffers = {}
         other.cumulative_length = _in_place(self.cumulative_length.clone())
-        other._map_rows(torch.clone)
+        other.map(torch.clone)
         return other
 
     def activate_past_recording(self) -> None:

@@ -165,5 +165,5 @@ def kept_tokens(cache: Cache) -> float:
     """Tokens that a KV head keeps, mean over KV heads, sequences and full-attention layers."""
     if not isinstance(cache, LESSCache):
         return float(cache.get_seq_length())
-    positions = [layer.held()["positions"] for layer in cache.layers if isinstance(layer, LESSLayer)]  # [b, g, c] each
-    return sum((each >= 0).sum(-1).float().mean().item() for each in positions) / len(positions)
+    slots = [layer.held.slots for layer in cache.layers if isinstance(layer, LESSLayer)]
+    return sum((each.positions >= 0).sum().item() / each.sizes.numel() for each in slots) / len(slots)

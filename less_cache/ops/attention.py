@@ -23,10 +23,12 @@ def attention_logits(
     visible: torch.Tensor | None,
     scaling: float,
     softcap: float | None = None,
+    bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """q k · scaling, soft-capped, -inf where not `visible`: `[b, g, s, n, c]` float32.
+    """q k · scaling, soft-capped, plus the column's bias, -inf where not `visible`: `[b, g, s, n, c]` float32.
 
     `query_states`: `[b, h, n, d]`, `key_states`: `[b, g, c, d]`, `visible`: bool, broadcast to `[b, g, n, c]`; None: all.
+    `bias`: `[b, g, c]`; None: 0.
     """
     query_states = group_heads(query_states.float() * scaling, key_states.shape[1])  # [b, g, s, n, d]
     b, g, s, n, d = query_states.shape
@@ -34,6 +36,8 @@ def attention_logits(
     logits = logits.view(b, g, s, n, -1)
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
+    if bias is not None:
+        logits = logits + bias[:, :, None, None]
     return logits if visible is None else logits.masked_fill(~visible.unsqueeze(2), -torch.inf)
 
 
@@ -128,6 +132,7 @@ def less_attention(
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
     virtual_tokens: tuple[torch.Tensor, torch.Tensor] | None = None,
+    bias: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention output `[b, h, n, d]` in the values' dtype, and the sparse weights `[b, g, s, n, c]` in float32.
 
@@ -135,7 +140,7 @@ def less_attention(
     the visible columns. At least one column must be visible to every query. Shapes as in `attention_logits`;
     `value_states`: `[b, g, c, d]`.
     """
-    logits = attention_logits(query_states, key_states, visible, scaling, softcap)
+    logits = attention_logits(query_states, key_states, visible, scaling, softcap, bias)
     weights, log_sum = sparse_softmax(logits, sinks)
     b, g, s, n, c = weights.shape
     output = (weights.view(b, g, s * n, c) @ value_states.float()).view(b, g, s, n, -1)

@@ -12,6 +12,8 @@ import torch
 
 from less_cache.errors import LESSError
 
+MOST_TOKENS = 2**31 - 2  # positions are int32
+
 
 @dataclasses.dataclass(frozen=True)
 class EvictionPolicy(abc.ABC):
@@ -38,7 +40,10 @@ class EvictionPolicy(abc.ABC):
 
     @abc.abstractmethod
     def capacity(self, counts: torch.Tensor) -> torch.Tensor | None:
-        """Most tokens a KV head keeps, `[b, 1, 1]`; `None` for a policy without a budget. `counts`: `[f, b, 1, 1]`."""
+        """Most tokens a KV head keeps, `[b, 1, 1]`; `None` for a policy without a budget.
+
+        `counts`: `[f, b, 1, 1]`; where heads have budgets of their own `[f, b, g, 1]`, and so is what comes of it.
+        """
 
     @abc.abstractmethod
     def observed(self, counts: torch.Tensor, num_queries: int) -> int:
@@ -80,15 +85,24 @@ class EvictionPolicy(abc.ABC):
         above = scores > scores.amin(dim=-1, keepdim=True)
         return positions.masked_fill(above, torch.iinfo(positions.dtype).max).argmin(dim=-1, keepdim=True)
 
-    def resolve(self, prompt_length: torch.Tensor) -> torch.Tensor:
-        """Token counts of each row, `[b, f]` int64, for prompts of `prompt_length` `[b]` real tokens."""
+    def resolve(self, prompt_length: torch.Tensor, shares: torch.Tensor | None = None) -> torch.Tensor:
+        """Token counts of each row, `[b, f]` int64, for prompts of `prompt_length` `[b]` real tokens.
+
+        `shares`: how much of the budget each KV head gets, `[g]`, 1 on average; then the counts are `[b, g, f]`, but for those
+        that are the same for every head.
+        """
+        if shares is not None:
+            prompt_length = prompt_length.unsqueeze(-1).expand(-1, len(shares))  # [b, g]
         columns = []
         for field in dataclasses.fields(self):
-            count = getattr(self, field.name)
+            count, least = getattr(self, field.name), field.metadata.get("least", 1)
+            share = 1 if shares is None or field.metadata.get("shared", False) else shares
             if isinstance(count, float):
-                columns.append((prompt_length * count).round().clamp_min(1).long())
-            else:
+                columns.append((prompt_length * (count * share)).round().clamp_min(1).long())
+            elif isinstance(share, int):
                 columns.append(torch.full_like(prompt_length, count, dtype=torch.long))
+            else:
+                columns.append((share * count).round().clamp_min(least).long().expand_as(prompt_length))
         return torch.stack(columns, dim=-1)
 
     @property
@@ -106,8 +120,8 @@ def check_count(owner: str, field: str, count: int | float, least: int = 1) -> N
     expected = f"{owner}: expected {field} to be an int >= {least} (tokens) or a float in (0, 1) (fraction of the prompt)"
     if isinstance(count, bool) or not isinstance(count, int | float):
         raise LESSError(f"{expected}, got {count!r} of type {type(count).__name__}.")
-    if isinstance(count, int) and count < least:
-        raise LESSError(f"{expected}, got {count}.")
+    if isinstance(count, int) and not least <= count <= MOST_TOKENS:
+        raise LESSError(f"{expected}, got {count}." if count < least else f"{expected}, at most {MOST_TOKENS:,}, got {count}.")
     if isinstance(count, float) and not 0 < count < 1:
         raise LESSError(f"{expected}, got {count}. For a token count pass an int.")
 

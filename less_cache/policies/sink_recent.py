@@ -26,7 +26,7 @@ class SinkRecent(EvictionPolicy):
 
     name: ClassVar[str] = "sink_recent"
 
-    sinks: int | float = dataclasses.field(default=4, metadata={"least": 0})
+    sinks: int | float = dataclasses.field(default=4, metadata={"least": 0, "shared": True})
     recent: int | float = 124
 
     @classmethod

@@ -10,7 +10,7 @@ import torch
 from transformers import Cache, DynamicCache, PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
-from less_cache.cache.layer import read_first_block
+from less_cache.backends.select import read_first_block
 from less_cache.errors import LESSError
 from less_cache.integration import hook
 from less_cache.kernels.kernels import LESSKernels

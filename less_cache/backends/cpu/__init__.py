@@ -1,0 +1,5 @@
+"""The work of a layer on a processor, in C++."""
+
+from less_cache.backends.cpu.bridge import can_read, can_step, read_prompt, step
+
+__all__ = ["can_read", "can_step", "read_prompt", "step"]

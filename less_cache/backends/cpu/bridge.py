@@ -25,7 +25,6 @@ import sys
 import tempfile
 import warnings
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -35,6 +34,7 @@ from less_cache.memory.centroids import LayerCentroids
 from less_cache.memory.soft_centroids import LayerSoftCentroids
 from less_cache.ops.call import AttentionCall
 from less_cache.policies import H2O, EvictionPolicy, SinkRecent
+from less_cache.slots import Held, Setup
 
 SOURCES = [Path(__file__).with_name(name) for name in ("step.cpp", "prompt.cpp", "vector_math.h")]
 MOST_QUERY_HEADS = 24  # of a KV head, for a prompt: ROWS in the C++ file
@@ -93,13 +93,16 @@ class Prompt(ctypes.Structure):
     ]
 
 
-def can(layer: Any, call: AttentionCall) -> bool:
-    """Whether `step` knows how to take the one token of `call` into the `LESSLayer`. Anything odd is left to PyTorch, which
-    says what is wrong with it.
+def can_step(setup: Setup, held: Held, call: AttentionCall) -> bool:
+    """Whether `step` knows how to take the one token of `call` into `held`. Anything odd is left to PyTorch, which says what is
+    wrong with it.
     """
-    memory, dtype = layer.kernels, layer.keys.dtype
-    (b, h, _, d), (g, c, w) = call.query_states.shape, layer.values.shape[1:]
-    if type(layer.policy) not in POLICIES or type(memory) not in MEMORIES or dtype not in DTYPES:
+    if not held.slots.is_plain:
+        return False
+    tensors, memory = held.tensors(), setup.memory
+    dtype = tensors["keys"].dtype
+    (b, h, _, d), (g, c, w) = call.query_states.shape, tensors["values"].shape[1:]
+    if type(setup.policy) not in POLICIES or type(memory) not in MEMORIES or dtype not in DTYPES:
         return False
     floats, numbers = torch.float32, torch.int64
     expected = {
@@ -114,10 +117,9 @@ def can(layer: Any, call: AttentionCall) -> bool:
     elif memory is not None:
         r = memory.num_virtual_tokens
         expected |= {"features_sum": ((b, g, r), floats), "values_sum": ((b, g, r, w + memory.extra_dims), floats)}
-    held = layer.tensors()
     return (
-        held.keys() == expected.keys()
-        and all(_is_plain(held[name], dtype) and held[name].shape == shape for name, (shape, dtype) in expected.items())
+        tensors.keys() == expected.keys()
+        and all(_is_plain(tensors[name], dtype) and tensors[name].shape == shape for name, (shape, dtype) in expected.items())
         and all(states.dtype == dtype for states in (call.query_states, call.key_states, call.value_states))
         and call.key_states.shape == (b, g, 1, d)
         and call.value_states.shape == (b, g, 1, w)
@@ -131,44 +133,45 @@ def _is_plain(tensor: torch.Tensor, dtype: torch.dtype) -> bool:
     return tensor.dtype == dtype and tensor.device.type == "cpu" and tensor.is_contiguous()
 
 
-def step(layer: Any, call: AttentionCall) -> torch.Tensor | None:
-    """What `LESSLayer._step` does: `[b, h, 1, w]`; None, and nothing done, where the kernels are not float32 on a processor."""
+def step(setup: Setup, held: Held, call: AttentionCall) -> torch.Tensor | None:
+    """One token a row: `[b, h, 1, w]`; None, and nothing done, where the kernels are not float32 on a processor."""
     library = _compiled()
     assert library is not None, "`can` says whether it is there"
     query_states, key_states, value_states = (
         states.contiguous() for states in (call.query_states, call.key_states, call.value_states)
     )
     b, h, _, d = query_states.shape
-    g, c, w = layer.values.shape[1:]
+    slots, rows, state = held.slots, held.rows, held.state
+    g, c, w = slots.values.shape[1:]
     output = value_states.new_empty(b, h, 1, w)
     real = None if call.real is None else call.real.contiguous()
     sinks = None if call.sinks is None else call.sinks.detach().float().contiguous()
-    memory = None if layer.state is None else layer.kernels
+    memory = setup.memory
     weights = {} if memory is None else dict(memory.named_parameters(recurse=False))
     if not all(_is_plain(each, torch.float32) for each in weights.values()):
         return None
     arguments = Step(
         *(b, g, h // g, c, d, w, 0, 0, torch.get_num_threads()),
-        *(DTYPES[query_states.dtype], POLICIES[type(layer.policy)], MEMORIES[type(memory)]),
+        *(DTYPES[query_states.dtype], POLICIES[type(setup.policy)], MEMORIES[type(memory)]),
         *(call.scaling, call.softcap or 0.0),
         *(query_states.data_ptr(), key_states.data_ptr(), value_states.data_ptr()),
         *(None if given is None else given.data_ptr() for given in (real, sinks)),
-        *(layer.keys.data_ptr(), layer.values.data_ptr(), layer.positions.data_ptr(), layer.scores.data_ptr()),
-        *(layer.seen.data_ptr(), layer.counts.data_ptr(), layer.settled.data_ptr()),
+        *(slots.keys.data_ptr(), slots.values.data_ptr(), slots.positions.data_ptr(), slots.scores.data_ptr()),
+        *(rows.seen.data_ptr(), rows.counts.data_ptr(), rows.settled.data_ptr()),
         output=output.data_ptr(),
     )
     if memory is not None:
-        arguments.values_sum = layer.state.values_sum.data_ptr()
+        arguments.values_sum = state.values_sum.data_ptr()
     if isinstance(memory, LayerCentroids):
         arguments.r = memory.num_centroids
-        arguments.features_sum = layer.state.count.data_ptr()
-        arguments.keys_sum = layer.state.keys_sum.data_ptr()
-        arguments.squares_sum = layer.state.squares_sum.data_ptr()
+        arguments.features_sum = state.count.data_ptr()
+        arguments.keys_sum = state.keys_sum.data_ptr()
+        arguments.squares_sum = state.squares_sum.data_ptr()
     elif memory is not None:
         pointers = {name: each.data_ptr() for name, each in weights.items()}
         query, key = NETWORKS[type(memory)]
         arguments.r, arguments.m = memory.num_virtual_tokens, memory.sizes[3]
-        arguments.features_sum = layer.state.features_sum.data_ptr()
+        arguments.features_sum = state.features_sum.data_ptr()
         arguments.query_network = Network(*(pointers.get(name) for name in query))
         arguments.key_network = Network(*(pointers.get(name) for name in key))
         arguments.fading, arguments.limit = pointers.get("fading"), pointers.get("limit")
@@ -191,7 +194,12 @@ def can_read(policy: EvictionPolicy, call: AttentionCall) -> bool:
 
 
 def read_prompt(
-    call: AttentionCall, scores: torch.Tensor, start: int, attends: bool
+    policy: EvictionPolicy,
+    call: AttentionCall,
+    scores: torch.Tensor,
+    positions: torch.Tensor,
+    start: int,
+    attends: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """What `prompt.read_prompt` does for H2O: scores `[b, g, n]` and output `[b, h, n, d]`."""
     library = _compiled()

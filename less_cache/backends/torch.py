@@ -1,0 +1,204 @@
+"""A layer's work in PyTorch, on any device: the oracle of every other backend. A step stands on one page.
+
+Axes: `b` rows, `h` query heads, `g` KV heads, `n` new tokens, `c` columns, `m` slots of a head, `d` head dim, `w` width of
+values, `f` token counts of the policy.
+"""
+
+from collections.abc import Callable
+
+import torch
+
+from less_cache.ops.attention import attention_logits, kept_attention, less_attention, sparse_softmax
+from less_cache.ops.call import AttentionCall
+from less_cache.ops.masks import visible_new
+from less_cache.slots import Columns, Held, Setup, Slots
+
+QUERY_BLOCK = 256  # queries attended at once in a block: memory is O(QUERY_BLOCK · columns)
+
+
+def step(setup: Setup, held: Held, call: AttentionCall) -> torch.Tensor:
+    """One token a row: O(slots) work, in place. Returns `[b, h, 1, w]`.
+
+    Attend with what is kept and the old state, add the step's weights to the scores, choose the victim, fold it in.
+    """
+    policy, rows, slots, real = setup.policy, held.rows, held.slots, call.real
+    b, g, _, _ = call.key_states.shape
+    counts = rows.counts_by_head()
+    arrival = rows.seen.int().view(b, 1, 1).expand(b, g, 1)
+    slot = slots.put(call.key_states, call.value_states, arrival, policy.arrival(arrival))
+
+    columns = slots.columns()
+    observes = policy.observed(counts, 1) > 0
+    attended = call.query_states, columns.keys, columns.values, (columns.positions >= 0).unsqueeze(2), call.scaling
+    if observes or any(each is not None for each in (held.state, call.softcap, call.sinks, columns.bias)):
+        virtual = _virtual_tokens(setup, held, call.query_states, call)
+        output, weights = less_attention(*attended, call.softcap, call.sinks, virtual, columns.bias)
+    else:  # nothing but the output is needed
+        output = kept_attention(*attended)
+    if real is not None:  # padding leaves no trace
+        slots.set_positions(slot, arrival.masked_fill(~real.unsqueeze(-1), -1))
+    if observes:
+        query_positions = rows.seen.unsqueeze(-1)  # [b, 1]
+        if real is not None:
+            weights = weights * real[:, None, None, :, None]
+            query_positions = query_positions.masked_fill(~real, -1)
+        slots.set_scores(policy.observe(columns.scores, weights, query_positions))
+    arrived = True if real is None else real.squeeze(-1)
+    rows.step(arrived)
+    if setup.memory is not None:
+        setup.memory.pass_time(held.state, arrived)
+    evict(setup, held, counts)
+    return output
+
+
+def evict(setup: Setup, held: Held, counts: torch.Tensor) -> None:
+    """Bring every head back to its capacity after a step, and fold in what leaves."""
+    policy, memory = setup.policy, setup.memory
+    slots, seen = held.slots, held.rows.seen.view(-1, 1, 1)
+    columns = slots.columns()
+    capacity = policy.capacity(counts)
+    if capacity is not None:  # at most one token a head is over
+        victim = policy.victim(columns.scores, columns.positions, seen, counts)  # [b, g, 1]
+        leaves = (columns.positions >= 0).sum(dim=-1, keepdim=True) > capacity
+        victim_positions = columns.positions.gather(-1, victim)
+        if memory is not None:
+            memory.fold_in(held.state, *slots.pairs(victim), leaves, victim_positions, seen)
+        slots.set_positions(victim, victim_positions.masked_fill(leaves, -1))
+        return
+    leaves = (columns.positions >= 0) & ~policy.keep(columns.scores, columns.positions, seen, counts)  # [b, g, c]
+    if memory is not None and (most := int(leaves.sum(dim=-1).max())):
+        victims = leaves.int().argsort(dim=-1, descending=True, stable=True)[..., :most]  # [b, g, m]
+        positions = columns.positions.gather(-1, victims)
+        memory.fold_in(held.state, *slots.pairs(victims), leaves.gather(-1, victims), positions, seen)
+    slots.drop(leaves)
+
+
+ReadPrompt = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
+
+
+def read_first(
+    setup: Setup, held: Held, call: AttentionCall, tokens: int, attends: bool, read_prompt: ReadPrompt
+) -> torch.Tensor | None:
+    """A block that nothing precedes: the policy's scores of its tokens, then one selection.
+
+    Args:
+        tokens: Seen after this block, padding included.
+        attends: Whether the output is wanted too: `[b, h, n, w]`; else None is returned.
+        read_prompt: Reads a prompt without padding, as `ops.prompt.read_prompt`.
+    """
+    policy = setup.policy
+    b, g, n, _ = call.key_states.shape
+    real = real_tokens(call)
+    positions = held.rows.read(real, policy, setup.shares)  # [b, n]
+    by_head = positions.unsqueeze(1).expand(b, g, n)
+    scores, output = policy.arrival(by_head), None
+    observed = _observed(setup, held, call)
+    if observed and call.attention_mask is None:
+        scores, output = read_prompt(policy, call, scores, positions, n - observed, attends)
+    elif observed:
+        for queries in _blocks(n - observed, n):
+            visible = visible_new(call.attention_mask, real, queries)  # [b, 1, queries, c]
+            seen_columns = slice(0, visible.shape[-1])
+            logits = attention_logits(
+                call.query_states[:, :, queries], call.key_states[:, :, seen_columns], visible, call.scaling, call.softcap
+            )
+            weights, _ = sparse_softmax(logits, call.sinks)
+            weights = weights * real[:, None, None, queries, None]
+            scores[..., seen_columns] = policy.observe(scores[..., seen_columns], weights, positions[:, queries])
+    select(setup, held, Columns(call.key_states, call.value_states, by_head, scores), real, tokens)
+    return output
+
+
+def read_next(setup: Setup, held: Held, call: AttentionCall, tokens: int) -> torch.Tensor:
+    """A later block: causal attention to what is kept, the state and itself, then one selection. Returns `[b, h, n, w]`.
+
+    `tokens`: seen after this block, padding included.
+    """
+    policy = setup.policy
+    b, g, n, _ = call.key_states.shape
+    real, before, kept = real_tokens(call), held.rows.seen, held.slots.columns()
+    positions = held.rows.read(real, policy, setup.shares)  # [b, n]
+    columns = _joined(kept, call, positions, policy.arrival(positions.unsqueeze(1).expand(b, g, n)))
+    alive = (kept.positions >= 0).unsqueeze(2)  # [b, g, 1, kept]
+    unobserved = n - _observed(setup, held, call)
+    outputs = []
+    for queries in _blocks(0, n):
+        new = visible_new(call.attention_mask, real, queries).expand(b, g, -1, -1)
+        visible = torch.cat([alive.expand(-1, -1, new.shape[2], -1), new], dim=-1)  # [b, g, queries, kept + new]
+        seen_columns = slice(0, visible.shape[-1])
+        query_states = call.query_states[:, :, queries]
+        later = (positions[:, queries] - before.unsqueeze(-1)).clamp_min(0)
+        output, weights = less_attention(
+            query_states,
+            columns.keys[:, :, seen_columns],
+            columns.values[:, :, seen_columns],
+            visible,
+            call.scaling,
+            call.softcap,
+            call.sinks,
+            _virtual_tokens(setup, held, query_states, call, later),
+            None if columns.bias is None else columns.bias[..., seen_columns],
+        )
+        outputs.append(output)
+        late = max(unobserved - queries.start, 0)  # the first of these queries that the policy asks for
+        if late < query_states.shape[2]:
+            weights = weights[:, :, :, late:] * real[:, None, None, queries, None][:, :, :, late:]
+            scores = columns.scores[..., seen_columns]
+            columns.scores[..., seen_columns] = policy.observe(scores, weights, positions[:, queries][:, late:])
+    select(setup, held, columns, real, tokens)
+    return torch.cat(outputs, dim=2)
+
+
+def _joined(kept: Columns, call: AttentionCall, positions: torch.Tensor, scores: torch.Tensor) -> Columns:
+    """The kept tokens, then the new ones at `positions` `[b, n]` with their first scores, `[b, g, n]`."""
+    return Columns(
+        torch.cat([kept.keys, call.key_states], dim=2),
+        torch.cat([kept.values, call.value_states], dim=2),
+        torch.cat([kept.positions, positions.unsqueeze(1).expand(scores.shape)], dim=-1),
+        torch.cat([kept.scores, scores], dim=-1),
+        None if kept.bias is None else torch.nn.functional.pad(kept.bias, (0, call.num_tokens)),
+    )
+
+
+def select(setup: Setup, held: Held, columns: Columns, real: torch.Tensor, tokens: int) -> None:
+    """The selection at a block's end: the policy keeps some of the columns, all others are folded in.
+
+    `real`: which tokens of the block are not padding, `[b, n]`; `tokens`: seen by now, padding included.
+    """
+    policy, memory = setup.policy, setup.memory
+    seen, counts = held.rows.seen.view(-1, 1, 1), held.rows.counts_by_head()
+    keep = policy.keep(columns.scores, columns.positions, seen, counts)  # [b, g, c]
+    if memory is not None:
+        leaves = (columns.positions >= 0) & ~keep
+        memory.pass_time(held.state, real.sum(-1))
+        memory.fold_in(held.state, columns.keys, columns.values, leaves, columns.positions, seen)
+    held.slots = Slots.keep(columns, keep, policy.capacity(counts), tokens if setup.grows else None, setup.format)
+
+
+def real_tokens(call: AttentionCall) -> torch.Tensor:
+    """Which new tokens are not padding, bool `[b, n]`."""
+    b, _, n, _ = call.key_states.shape
+    return call.key_states.new_ones(b, n, dtype=torch.bool) if call.real is None else call.real
+
+
+def _observed(setup: Setup, held: Held, call: AttentionCall) -> int:
+    """How many of the block's last queries the policy must see."""
+    n = call.num_tokens
+    observed = setup.policy.observed(held.rows.counts_by_head(), n)
+    if call.real is not None and not bool(call.real[:, n - observed :].all()):
+        return n  # the last real queries of a row may come before padding
+    return observed
+
+
+def _virtual_tokens(
+    setup: Setup, held: Held, query_states: torch.Tensor, call: AttentionCall, later: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """The state as columns for some of the call's queries, `later` tokens after it, `[b, n]`."""
+    if setup.memory is None:
+        return None
+    return setup.memory.virtual_tokens(held.state, query_states, call.scaling, call.softcap, later)
+
+
+def _blocks(start: int, stop: int) -> list[slice]:
+    """The queries from `start` to `stop`, some at a time."""
+    return [slice(first, min(first + QUERY_BLOCK, stop)) for first in range(start, stop, QUERY_BLOCK)]

@@ -1,0 +1,107 @@
+"""What a call must be: functions that raise `LESSError` for what cannot be taken in, and change nothing.
+
+Axes: `b` rows, `n` new tokens.
+"""
+
+import torch
+
+from less_cache.errors import LESSError
+from less_cache.ops.masks import last_row
+from less_cache.slots import Rows
+
+READ_AT_ONCE = {"cpu"}  # types of device whose tensors Python reads without waiting
+
+# Arguments of an attention function that do not change its result here. `scaling`, `softcap` and `s_aux` are read.
+HARMLESS = {"is_causal", "position_ids", "cache_position", "token_type_ids", "logits_to_keep"}
+
+
+def check_new(layer_idx: int, num_tokens: int, seen: int) -> None:
+    """Raise where a block has no tokens: `generate` slices off what the cache has seen. `seen`: padding included."""
+    if num_tokens == 0:
+        raise LESSError(
+            f"Layer {layer_idx}: expected new tokens, got none: the prompt is shorter than the {seen} tokens that the cache "
+            "has seen. Pass the whole conversation, or call cache.reset()."
+        )
+
+
+def check_batch(layer_idx: int, rows: Rows, batch: int) -> None:
+    """Raise where the batch is not that of the turns before."""
+    if batch != rows.seen.shape[0]:
+        raise LESSError(
+            f"Layer {layer_idx}: expected a batch of {rows.seen.shape[0]}, as in the turns before, got {batch}. "
+            "Call cache.reset() for a new batch, or cache.batch_repeat_interleave()."
+        )
+
+
+def check_attention(layer_idx: int, module: torch.nn.Module, dropout: float, kwargs: dict) -> None:
+    """Raise where attention is asked for something that a LESSCache does not do."""
+    where = f"Layer {layer_idx} ({type(module).__name__})"
+    if module.training:
+        raise LESSError(f"{where}: the model is in training mode. A LESSCache is for inference: call model.eval().")
+    if dropout:
+        raise LESSError(f"{where}: expected no attention dropout, got {dropout}.")
+    if kwargs.get("sliding_window") is not None:
+        raise LESSError(f"{where}: expected full attention, got sliding_window {kwargs['sliding_window']}. Use a DynamicCache.")
+    for name, argument in kwargs.items():
+        if isinstance(argument, torch.Tensor) and name not in HARMLESS and name != "s_aux":
+            raise LESSError(f"{where}: attention argument {name!r} is not supported. Use a DynamicCache.")
+
+
+def real_tokens(layer_idx: int, attention_mask: torch.Tensor | None, b: int, n: int) -> torch.Tensor | None:
+    """Which new tokens are not padding, `[b, n]`, read off the last query's row; None: all, where a look is for free."""
+    if attention_mask is None:
+        return None
+    if not isinstance(attention_mask, torch.Tensor) or attention_mask.dim() not in (2, 4):
+        raise LESSError(
+            f"Layer {layer_idx}: expected a mask tensor of 2 or 4 dimensions, got {type(attention_mask).__name__}. "
+            'Load the model with attn_implementation="sdpa" or "eager".'
+        )
+    if attention_mask.dim() == 4 and attention_mask.shape[1] != 1:
+        raise LESSError(
+            f"Layer {layer_idx}: expected one mask for all heads, got a mask of shape {list(attention_mask.shape)}."
+        )
+    real = last_row(attention_mask, n)
+    if real.device.type in READ_AT_ONCE and not torch.compiler.is_compiling() and real.all():
+        return None
+    return real.expand(b, n)
+
+
+def seen_again(layer_idx: int, rows: Rows, position_ids: torch.Tensor | None, n: int, seen: int) -> int:
+    """How many of `n` new tokens are the `seen` of before: assisted decoding starts with the whole conversation, unsliced."""
+    if position_ids is None or not n > seen > 0:
+        return 0
+    if bool((position_ids[:, 0] >= rows.seen).all()):
+        return 0
+    if position_ids.shape != (1, n) or not torch.equal(position_ids[0], torch.arange(n, device=position_ids.device)):
+        raise LESSError(
+            f"Layer {layer_idx}: expected the conversation to start with the {seen} tokens that the cache has seen, without "
+            "padding: assisted decoding passes all of it again. Or call cache.reset()."
+        )
+    return seen
+
+
+def check_continuation(
+    layer_idx: int, rows: Rows, real: torch.Tensor | None, position_ids: torch.Tensor | None, seen: int
+) -> None:
+    """Raise where `generate` was given a prompt shorter than what was seen: it slices such a prompt silently."""
+    too_short = real is not None and not bool(real.any())
+    if position_ids is not None and position_ids.dim() == 2:
+        behind = position_ids[:, -1] < rows.seen
+        too_short = too_short or bool((behind if real is None else behind & real[:, -1]).any())
+    if too_short:
+        raise LESSError(
+            f"Layer {layer_idx}: the new tokens lie before the {seen} tokens that the cache has seen: the prompt or its mask is "
+            "shorter. Pass the whole conversation with its mask, or call cache.reset()."
+        )
+
+
+def check_crop(layer_idx: int, tokens_to_remove: int, recorded: int, reach: int) -> None:
+    """Raise unless the last `-tokens_to_remove` of the `recorded` tokens can be given back."""
+    if tokens_to_remove > 0:
+        raise LESSError(f"crop: expected 0 or minus the number of tokens to remove, got {tokens_to_remove}.")
+    if -tokens_to_remove > recorded:
+        raise LESSError(
+            f"Layer {layer_idx}: crop({tokens_to_remove}) goes back further than the {recorded} tokens that are recorded: "
+            "older ones are folded in. Call cache.activate_past_recording() before the tokens to crop, and "
+            f"crop before {reach} more have come."
+        )

@@ -1,0 +1,38 @@
+"""What masks say: which new tokens are padding, and which columns a query sees.
+
+Axes: `b` rows, `g` KV heads, `n` new tokens, `c` columns.
+"""
+
+import torch
+
+
+def additive_to_bool(mask: torch.Tensor) -> torch.Tensor:
+    """True where an additive mask lets a column be seen, or a 0/1 mask says it is real."""
+    if not mask.dtype.is_floating_point:
+        return mask.bool()
+    return mask > torch.finfo(mask.dtype).min / 2
+
+
+def last_row(attention_mask: torch.Tensor, n: int) -> torch.Tensor:
+    """Which of the `n` new tokens are not padding, bool `[b, n]`: those that the last query sees.
+
+    `attention_mask`: `[b, 1, n, n]` or `[b, n]`, bool or additive; longer ones end with the new tokens.
+    """
+    last = attention_mask[:, -n:] if attention_mask.dim() == 2 else attention_mask[:, 0, -1, -n:]
+    return last if last.dtype == torch.bool else additive_to_bool(last)
+
+
+def visible_new(attention_mask: torch.Tensor | None, real: torch.Tensor, queries: slice) -> torch.Tensor:
+    """Which new tokens some of the new queries see, bool `[b, 1, queries, c]`; each sees itself.
+
+    Up to the last of these queries without a 4D mask, `c = queries.stop`; all of them with one, `c = n`. `real`: `[b, n]`.
+    """
+    n = real.shape[1]
+    if attention_mask is None or attention_mask.dim() == 2:
+        new = torch.arange(queries.stop, device=real.device)
+        visible = (new <= new[queries, None]) & real[:, None, None, : queries.stop]
+    else:
+        new = torch.arange(n, device=real.device)
+        visible = attention_mask[:, :, -n:, -n:][:, :, queries]
+        visible = visible if visible.dtype == torch.bool else additive_to_bool(visible)
+    return visible | (new == new[queries, None])

@@ -1,0 +1,75 @@
+"""All that one layer holds of its sequences."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from less_cache.slots.rows import Rows
+from less_cache.slots.setup import Setup
+from less_cache.slots.slots import Slots
+
+OF_ROWS = ("seen", "settled", "counts")
+
+
+@dataclasses.dataclass
+class Held:
+    """What a layer holds of its sequences: kept tokens, counters, and the state of all others.
+
+    Backends read it and change it in place; all that happens to a whole batch (beams, forks, offloading, files) goes through
+    `map` and `select`.
+    """
+
+    rows: Rows
+    slots: Slots | None = None  # None before the first block
+    state: Any = None  # a dataclass of tensors [b, …], whatever the memory keeps evicted tokens in; None without a memory
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All tensors by name."""
+        tensors = {name: getattr(self.rows, name) for name in OF_ROWS if getattr(self.rows, name) is not None}
+        if self.slots is not None:
+            tensors |= self.slots.tensors()
+        return tensors if self.state is None else tensors | vars(self.state)
+
+    def map(self, change: Callable[[str, torch.Tensor], torch.Tensor]) -> "Held":
+        """The same with every tensor changed, by its name; shapes stay."""
+        rows = {name: getattr(self.rows, name) for name in OF_ROWS}
+        return Held(
+            Rows(**{name: None if tensor is None else change(name, tensor) for name, tensor in rows.items()}),
+            None if self.slots is None else self.slots.map(change),
+            _map_state(self.state, change),
+        )
+
+    def select(self, indices: torch.Tensor) -> "Held":
+        """The rows at `indices`, which may repeat."""
+
+        def chosen(name: str, rows: torch.Tensor) -> torch.Tensor:
+            return rows[indices.to(rows.device)]
+
+        slots = None if self.slots is None else self.slots.select(indices)
+        selected = Held(self.rows, None, self.state).map(chosen)
+        return dataclasses.replace(selected, slots=slots)
+
+    @classmethod
+    def empty(cls, setup: Setup, b: int, g: int, width: int, device: torch.device) -> "Held":
+        """Nothing yet, of `b` rows and `g` KV heads whose values have this width."""
+        return cls(
+            Rows.empty(b, device),
+            state=None if setup.memory is None else setup.memory.empty_state(b, g, width, device),
+        )
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, torch.Tensor], setup: Setup, dtype: torch.dtype) -> "Held":
+        """What `tensors` gave these of; `dtype`: of the keys and values before they were stored."""
+        rows = Rows(**{name: tensors[name] for name in OF_ROWS})
+        capacity = setup.policy.capacity(rows.counts_by_head())
+        slots = Slots.from_tensors(tensors, setup.format, dtype, len(rows.seen), capacity)
+        empty = cls.empty(setup, *slots.sizes.shape, 1, rows.seen.device)  # of the right type: its tensors come from the file
+        return cls(rows, slots, _map_state(empty.state, lambda name, _: tensors[name]))
+
+
+def _map_state(state: Any, change: Callable[[str, torch.Tensor], torch.Tensor]) -> Any:
+    if state is None:
+        return None
+    return dataclasses.replace(state, **{name: change(name, tensor) for name, tensor in vars(state).items()})

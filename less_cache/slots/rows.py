@@ -1,0 +1,65 @@
+"""What is counted for each row of a batch.
+
+Axes: `b` rows, `g` KV heads, `n` new tokens, `f` token counts of the policy.
+"""
+
+import dataclasses
+
+import torch
+
+from less_cache.policies import EvictionPolicy
+
+
+@dataclasses.dataclass
+class Rows:
+    """Counters of each row: tokens seen, and the policy's token counts, which stay once its prompt is over.
+
+    A prompt may come in several blocks. It is over when a token comes alone.
+    """
+
+    seen: torch.Tensor  # [b] int64, real tokens
+    settled: torch.Tensor  # [b] bool, the prompt is over
+    counts: torch.Tensor | None = None  # [b, f] int64, or [b, g, f] where heads differ; None before the first block
+
+    @classmethod
+    def empty(cls, batch: int, device: torch.device) -> "Rows":
+        """Rows that have seen nothing."""
+        return cls(
+            seen=torch.zeros(batch, dtype=torch.long, device=device),
+            settled=torch.zeros(batch, dtype=torch.bool, device=device),
+        )
+
+    def read(self, tokens: torch.Tensor, policy: EvictionPolicy, shares: torch.Tensor | None) -> torch.Tensor:
+        """Count a block; where its tokens are in their rows, `[b, n]` int32, -1 for padding.
+
+        `tokens`: which are real, bool `[b, n]`; `shares`: of the policy's budget, by KV head, `[g]`; None: the same for all.
+        """
+        positions = (self.seen.unsqueeze(-1) + tokens.cumsum(-1) - 1).masked_fill(~tokens, -1).int()
+        arrived = tokens.sum(-1)
+        self.settle(arrived == 1)
+        self.seen = self.seen + arrived
+        resolved = policy.resolve(self.seen, shares)
+        if self.counts is not None:
+            settled = self.settled.view(-1, *[1] * (resolved.dim() - 1))
+            resolved = torch.where(settled, self.counts, resolved)
+        self.counts = resolved
+        return positions
+
+    def step(self, arrived: torch.Tensor | bool) -> None:
+        """Count one token where it `arrived`, bool `[b]` or for all rows, in place."""
+        self.settle(arrived)
+        self.seen += arrived
+
+    def settle(self, alone: torch.Tensor | bool) -> None:
+        """End the prompt of the rows that get one token `alone`, bool `[b]` or for all, after their first block."""
+        self.settled |= (self.seen > 0) & alone
+
+    def counts_by_head(self) -> torch.Tensor:
+        """The policy's token counts in the form that its methods take, `[f, b, 1 or g, 1]`."""
+        assert self.counts is not None, "a block was read"
+        return counts_by_head(self.counts)
+
+
+def counts_by_head(counts: torch.Tensor) -> torch.Tensor:
+    """Counts `[b, f]` or `[b, g, f]` in the form that a policy's methods take: `[f, b, 1 or g, 1]`."""
+    return counts.T[:, :, None, None] if counts.dim() == 2 else counts.permute(2, 0, 1).unsqueeze(-1)

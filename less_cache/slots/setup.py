@@ -1,0 +1,34 @@
+"""What a layer is made of."""
+
+import dataclasses
+
+import torch
+
+from less_cache.memory import LayerMemory
+from less_cache.policies import EvictionPolicy
+from less_cache.slots.formats import SlotFormat
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """What decides how a layer keeps its tokens; nothing in it changes with the text.
+
+    Args:
+        policy: Which tokens stay.
+        memory: What the others are folded into; None: they are lost.
+        format: How keys and values are stored.
+        shares: How much of the policy's budget each KV head gets, `[g]`, 1 on average; None: the same for all.
+        grows: Whether slots come with the text; else all at once, so that shapes never change.
+    """
+
+    policy: EvictionPolicy
+    memory: LayerMemory | None
+    format: SlotFormat
+    shares: torch.Tensor | None = None
+    grows: bool = True
+
+    def on(self, device: torch.device, num_key_value_heads: int) -> "Setup":
+        """This for the KV heads that this process has, on `device`: the user's kernels stay where they are."""
+        memory = None if self.memory is None else self.memory.for_heads(num_key_value_heads).on(device)
+        shares = None if self.shares is None else self.shares.to(device)
+        return dataclasses.replace(self, memory=memory, shares=shares)

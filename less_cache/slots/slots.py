@@ -1,0 +1,322 @@
+"""Slots: the only place that knows how kept tokens are stored.
+
+Axes: `b` rows, `g` KV heads, `c` slots of the longest head, `N` slots of all heads, `m` slots of a head, `d` head dim.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+
+import torch
+
+from less_cache.slots.formats import SlotFormat, stored_name
+
+SPARE_SLOTS = 64  # free slots of a head that may still grow
+SLACK = 1.25  # heads are padded to the longest where that takes no more than so many times the sum over heads
+OF_SLOTS = ("positions", "scores", "bias", "starts")  # tensors beside those of the format
+COMPILES_WELL = torch.__version__ >= "2.13"  # torch 2.11 makes code of `index_copy_` that does not run
+
+
+@dataclasses.dataclass
+class Columns:
+    """Tokens as attention and policies read them, every head padded to the longest."""
+
+    keys: torch.Tensor  # [b, g, c, d]
+    values: torch.Tensor  # [b, g, c, w]
+    positions: torch.Tensor  # [b, g, c] int32, where in its row a token is; -1: none
+    scores: torch.Tensor  # [b, g, c] float32, the policy's
+    bias: torch.Tensor | None = None  # [b, g, c] float32, added to a token's logit; None: 0 for all
+
+
+@dataclasses.dataclass
+class Slots:
+    """Kept tokens of every KV head, in no order: RoPE is in the keys, so attention does not mind.
+
+    Heads of one size lie as a block, `[b, g, c, *]` a tensor; heads of different sizes one after the other, `[N, *]`, and
+    `starts` says where each begins. The bytes are those of the sum over heads, within `SLACK`.
+
+    A head has slots for its capacity and one more, for the token that comes before another leaves; they grow with the text
+    until then. Without a budget it has some more than it holds.
+    """
+
+    format: SlotFormat
+    dtype: torch.dtype  # of keys and values, as the model gives them
+    stored: dict[str, torch.Tensor]  # keys and values in that format, by `keys`, `values`, or with its part: `keys_codes`
+    positions: torch.Tensor  # [b, g, c] or [N] int32, -1: an empty slot
+    scores: torch.Tensor  # as positions, float32
+    bias: torch.Tensor | None  # as positions, float32
+    starts: torch.Tensor | None  # [b·g + 1] int64; None: heads of one size
+    sizes: torch.Tensor  # [b, g] int64, on the processor
+    capacity: torch.Tensor | None  # [b, g] int64, on the processor; None: there is no budget
+    room: int | None  # steps that may come before a head may be full; None: any number
+
+    # Making them
+
+    @classmethod
+    def keep(
+        cls, columns: Columns, kept: torch.Tensor, capacity: torch.Tensor | None, tokens: int | None, format: SlotFormat
+    ) -> "Slots":
+        """Fresh slots of the columns that are `kept`, bool `[b, g, c]`; nothing else stays referenced.
+
+        `capacity`: most tokens that a head keeps, `[b, 1 or g, 1]`; None: there is no budget. `tokens`: how many were seen,
+        padding included, which no head can exceed; None: all slots at once, for shapes that never change.
+        """
+        b, g, _ = kept.shape
+        if capacity is None:
+            return cls._compact(columns, kept, format, kept.sum(-1).cpu() + SPARE_SLOTS, None, SPARE_SLOTS)
+        capacity = capacity.cpu().expand(b, g, 1).squeeze(-1)
+        most = int(capacity.max())
+        if tokens is None or most <= tokens + SPARE_SLOTS:
+            return cls._compact(columns, kept, format, capacity + 1, capacity, None)
+        spare = max(SPARE_SLOTS, tokens // 4)
+        return cls._compact(columns, kept, format, capacity.clamp_max(tokens + spare) + 1, capacity, spare)
+
+    @classmethod
+    def _compact(
+        cls,
+        columns: Columns,
+        kept: torch.Tensor,
+        format: SlotFormat,
+        sizes: torch.Tensor,
+        capacity: torch.Tensor | None,
+        room: int | None,
+    ) -> "Slots":
+        b, g, c = kept.shape
+        longest = int(sizes.max())
+        starts = None
+        if longest * b * g > SLACK * int(sizes.sum()):
+            starts = _starts(sizes).to(kept.device)
+        else:
+            sizes = torch.full_like(sizes, longest)
+        held = min(c, longest)
+        order = (~kept).int().argsort(dim=-1, stable=True)[..., :held]  # [b, g, held], kept ones first
+
+        def compact(tensor: torch.Tensor, fill: int) -> torch.Tensor:
+            more = tensor.shape[3:]
+            buffer = tensor.new_full((b, g, longest, *more), fill)
+            buffer[:, :, :held] = tensor.gather(2, order.view(b, g, held, *[1] * len(more)).expand(b, g, held, *more))
+            return buffer if starts is None else buffer.flatten(0, 2)[_padded_index(sizes, starts)]
+
+        states = (("keys", columns.keys), ("values", columns.values))
+        stored = {stored_name(name, part): each for name, of in states for part, each in format.encode(of).items()}
+        return cls(
+            format=format,
+            dtype=columns.keys.dtype,
+            stored={name: compact(tensor, 0) for name, tensor in stored.items()},
+            positions=compact(columns.positions.masked_fill(~kept, -1), -1),
+            scores=compact(columns.scores, 0),
+            bias=None if columns.bias is None else compact(columns.bias, 0),
+            starts=starts,
+            sizes=sizes,
+            capacity=capacity,
+            room=room,
+        )
+
+    @classmethod
+    def from_tensors(
+        cls,
+        tensors: Mapping[str, torch.Tensor],
+        format: SlotFormat,
+        dtype: torch.dtype,
+        b: int,
+        capacity: torch.Tensor | None,
+    ) -> "Slots":
+        """The slots that `tensors` gave these of; `b`: rows, `capacity` as in `keep`."""
+        positions, starts = tensors["positions"], tensors.get("starts")
+        sizes = torch.full(positions.shape[:2], positions.shape[-1]) if starts is None else starts.diff().view(b, -1).cpu()
+        if capacity is not None:
+            capacity = capacity.cpu().expand(*sizes.shape, 1).squeeze(-1)
+        is_final = capacity is not None and bool((sizes > capacity).all())
+        return cls(
+            format,
+            dtype,
+            {name: tensors[name] for name in format.names()},
+            positions,
+            tensors["scores"],
+            tensors.get("bias"),
+            starts,
+            sizes,
+            capacity,
+            room=None if is_final else 0,
+        )
+
+    # Reading them
+
+    @property
+    def longest(self) -> int:
+        """Slots of the head that has most."""
+        return self.positions.shape[-1] if self.starts is None else int(self.sizes.max())
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All tensors by name."""
+        return self.stored | {name: getattr(self, name) for name in OF_SLOTS if getattr(self, name) is not None}
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether heads are of one size, without biases, and keys and values stored as they are."""
+        return self.starts is None and self.bias is None and self.format.name == "float"
+
+    @property
+    def keys(self) -> torch.Tensor:
+        """`[b, g, c, d]`; 0 beyond a head's last slot."""
+        return self._padded(self._decoded("keys"), 0)
+
+    @property
+    def values(self) -> torch.Tensor:
+        """`[b, g, c, w]`; 0 beyond a head's last slot."""
+        return self._padded(self._decoded("values"), 0)
+
+    def columns(self) -> Columns:
+        """All slots as columns; those of a block of equal heads are the slots themselves, others are copies."""
+        return Columns(
+            self.keys,
+            self.values,
+            self._padded(self.positions, -1),
+            self._padded(self.scores, 0),
+            None if self.bias is None else self._padded(self.bias, 0),
+        )
+
+    def pairs(self, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values in `slots` `[b, g, m]`: `[b, g, m, d]` and `[b, g, m, w]`. Beyond a head's last slot they mean nothing."""
+        at = slots.unsqueeze(-1) if self.starts is None else self._at(slots).clamp_max(self.positions.shape[0] - 1)
+        gathered = {name: self._gather(tensor, at) for name, tensor in self.stored.items()}
+        return self._decoded("keys", gathered), self._decoded("values", gathered)
+
+    # Changing them, in place
+
+    def put(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, positions: torch.Tensor, scores: torch.Tensor
+    ) -> torch.Tensor:
+        """Put one token a head, `[b, g, 1, *]`, into an empty slot each; the slots, `[b, g, 1]`.
+
+        There is one in every head where `for_step` was asked before.
+        """
+        empty = self.positions if self.starts is None else self._padded(self.positions, torch.iinfo(torch.int32).max)
+        slots = empty.argmin(dim=-1, keepdim=True)
+        self.set_positions(slots, positions)
+        self._scatter(self.scores, slots, scores)
+        if self.bias is not None:
+            self._scatter(self.bias, slots, torch.zeros_like(scores))
+        for name, states in (("keys", key_states), ("values", value_states)):
+            for part, tensor in self.format.encode(states).items():
+                self._write(self.stored[stored_name(name, part)], slots, tensor)
+        return slots
+
+    def set_positions(self, slots: torch.Tensor, positions: torch.Tensor) -> None:
+        """Say where in its row the token in each of `slots` `[b, g, m]` is; -1: the slot is empty now."""
+        self._scatter(self.positions, slots, positions)
+
+    def set_scores(self, scores: torch.Tensor) -> None:
+        """Take the policy's scores, `[b, g, c]`."""
+        self.scores.copy_(self._flat(scores))
+
+    def drop(self, leaves: torch.Tensor) -> None:
+        """Empty the slots that `leaves`, bool `[b, g, c]`."""
+        self.positions.masked_fill_(self._flat(leaves), -1)
+
+    # All of them at once
+
+    def for_step(self, tokens: int) -> "Slots":
+        """These, or larger ones, with a free slot in every head for one more token after the `tokens` that were seen."""
+        if self.room is None:
+            return self
+        if self.room > 0:
+            self.room -= 1
+            return self
+        columns = self.columns()
+        capacity = None if self.capacity is None else self.capacity.unsqueeze(-1)
+        return Slots.keep(columns, columns.positions >= 0, capacity, tokens, self.format).for_step(tokens)
+
+    def map(self, change: Callable[[str, torch.Tensor], torch.Tensor]) -> "Slots":
+        """The same with every tensor changed, by its name; shapes stay."""
+        return dataclasses.replace(
+            self,
+            stored={name: change(name, tensor) for name, tensor in self.stored.items()},
+            positions=change("positions", self.positions),
+            scores=change("scores", self.scores),
+            bias=None if self.bias is None else change("bias", self.bias),
+            starts=None if self.starts is None else change("starts", self.starts),
+        )
+
+    def select(self, indices: torch.Tensor) -> "Slots":
+        """The rows at `indices`, which may repeat."""
+        capacity = None if self.capacity is None else self.capacity[indices.cpu()]
+        sizes = self.sizes[indices.cpu()]
+        if self.starts is None:
+            selected = self.map(lambda name, rows: rows[indices.to(rows.device)])
+            return dataclasses.replace(selected, sizes=sizes, capacity=capacity)
+        starts = _starts(sizes).to(self.starts.device)
+        first = self.starts[:-1].view(self.sizes.shape)[indices.to(self.starts.device)].flatten()  # of each chosen head
+        head, slot = _heads_and_slots(sizes, starts)
+        at = first[head] + slot
+        selected = self.map(lambda name, slots: starts if name == "starts" else slots[at.to(slots.device)])
+        return dataclasses.replace(selected, sizes=sizes, capacity=capacity)
+
+    # Equal heads and others
+
+    def _decoded(self, name: str, stored: Mapping[str, torch.Tensor] | None = None) -> torch.Tensor:
+        stored = self.stored if stored is None else stored
+        parts = {each.removeprefix(name).removeprefix("_"): stored[each] for each in stored if each.startswith(name)}
+        return self.format.decode(parts, self.dtype)
+
+    def _padded(self, tensor: torch.Tensor, fill: int) -> torch.Tensor:
+        """`[N, *]` as `[b, g, c, *]`, `fill` beyond a head's last slot; `[b, g, c, *]` as it is."""
+        if self.starts is None:
+            return tensor
+        slot = torch.arange(self.longest, device=tensor.device)
+        there = (slot < self.starts.diff().unsqueeze(-1)).view(*self.sizes.shape, -1, *[1] * (tensor.dim() - 1))
+        at = (self.starts[:-1, None] + slot).clamp_max(tensor.shape[0] - 1)
+        return tensor[at].unflatten(0, self.sizes.shape).masked_fill(~there, fill)
+
+    def _flat(self, columns: torch.Tensor) -> torch.Tensor:
+        """`[b, g, c, *]` as the slots lie."""
+        return columns if self.starts is None else columns.flatten(0, 2)[_padded_index(self.sizes, self.starts)]
+
+    def _at(self, slots: torch.Tensor) -> torch.Tensor:
+        """Where `slots` `[b, g, m]` of heads of different sizes lie, among all."""
+        assert self.starts is not None
+        return self.starts[:-1].view(*slots.shape[:2], 1) + slots
+
+    def _gather(self, tensor: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+        """What lies at `[b, g, m, 1]` in equal heads, or at `[b, g, m]` among all slots: `[b, g, m, *]`."""
+        if self.starts is not None:
+            return tensor[at]
+        return tensor.gather(2, at.expand(*at.shape[:3], tensor.shape[-1]))
+
+    def _scatter(self, tensor: torch.Tensor, slots: torch.Tensor, numbers: torch.Tensor) -> None:
+        """A number a slot, into `[b, g, c]` or `[N]`."""
+        if self.starts is None:
+            tensor.scatter_(-1, slots, numbers)
+        else:
+            tensor[self._at(slots)] = numbers
+
+    def _write(self, tensor: torch.Tensor, slots: torch.Tensor, states: torch.Tensor) -> None:
+        """The states `[b, g, 1, *]` of one token, into `[b, g, c, *]` or `[N, *]` at `slots` `[b, g, 1]`.
+
+        A compiler turns `scatter_` into a copy of all slots, but not `index_copy_`, which takes more operations uncompiled.
+        """
+        if self.starts is not None:
+            tensor.index_copy_(0, self._at(slots).flatten(), states.flatten(0, 2))
+        elif COMPILES_WELL and torch.compiler.is_compiling():
+            b, g, c, d = tensor.shape
+            first = torch.arange(0, b * g * c, c, device=slots.device)  # of each head's slots among all
+            tensor.view(-1, d).index_copy_(0, first + slots.flatten(), states.reshape(-1, d))
+        else:
+            tensor.scatter_(2, slots.unsqueeze(-1).expand_as(states), states)
+
+
+def _starts(sizes: torch.Tensor) -> torch.Tensor:
+    """Where each head begins, and where the last one ends: `[b·g + 1]`."""
+    return torch.nn.functional.pad(sizes.flatten().cumsum(0), (1, 0))
+
+
+def _heads_and_slots(sizes: torch.Tensor, starts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of every slot of all heads, its head out of b·g and its number in it: `[N]` each."""
+    total = int(sizes.sum())
+    heads = torch.arange(sizes.numel(), device=starts.device).repeat_interleave(starts.diff(), output_size=total)
+    return heads, torch.arange(total, device=starts.device) - starts[heads]
+
+
+def _padded_index(sizes: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
+    """Where every slot of all heads would be, were all heads as long as the longest: `[N]`."""
+    heads, slots = _heads_and_slots(sizes, starts)
+    return heads * int(sizes.max()) + slots
