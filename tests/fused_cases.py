@@ -7,14 +7,16 @@ import os
 from unittest import mock
 
 import pytest
+import step_cases
 import torch
 import triton
 from step_cases import *  # noqa: F403
-from step_cases import assert_agree
+from step_cases import assert_agree, padded
 from triton.runtime import interpreter
 
-from less_cache import H2O
+from less_cache import H2O, SinkRecent
 from less_cache.backends import triton as fused
+from less_cache.cache.layer import LESSLayer
 from less_cache.memory.state import LowRankState
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "set TRITON_INTERPRET=1 before triton is imported"
@@ -38,6 +40,85 @@ def form():
 
 def test_float16(form):
     assert_agree(form, H2O(3, 2), "soft_centroids", dtype=torch.float16)
+
+
+# Heads of different sizes, counts by head, a bias a slot
+
+
+def assert_uneven_agree(form, policy, memory=None, shares=(0.5, 1.5), biased=False, **case) -> LESSLayer:
+    """`assert_agree` for layers whose KV heads have these shares of the budget; `biased`: and whose slots get biases after the
+    prompt, empty ones as well.
+    """
+
+    class UnevenLayer(LESSLayer):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **{**kwargs, "shares": torch.tensor(shares)})
+
+        def _block(self, call):
+            output = super()._block(call)
+            if biased:
+                self.held.slots.bias = torch.randn(self.held.slots.positions.shape, generator=torch.Generator().manual_seed(1))
+            return output
+
+    with mock.patch.object(step_cases, "LESSLayer", UnevenLayer):
+        return assert_agree(form, policy, memory, g=len(shares), **case)
+
+
+@pytest.mark.parametrize("policy, sizes", [(H2O(2, 2), [[3, 7]]), (SinkRecent(1, 4), [[4, 8]])], ids=["h2o", "sink_recent"])
+@pytest.mark.parametrize("memory", [None, "low_rank", "soft_centroids"])
+def test_ragged(form, policy, sizes, memory):
+    layer = assert_uneven_agree(form, policy, memory, prompt=5, steps=4)
+    assert layer.held.slots.starts is not None
+    assert layer.held.slots.sizes.tolist() == sizes
+    assert (layer.held.slots.positions >= 0).sum() == sum(sizes[0]) - 2  # a slot a head is free
+    if memory is not None:
+        assert (layer.held.state.features_sum > 0).all()
+
+
+def test_ragged_bfloat16(form):
+    layer = assert_uneven_agree(form, H2O(2, 2), "soft_centroids", prompt=6, steps=3, dtype=torch.bfloat16)
+    assert layer.held.slots.starts is not None
+
+
+def test_ragged_blocks(form):
+    """One block of slots in the first head, two in the second."""
+    layer = assert_uneven_agree(form, H2O(10, 4), "low_rank", d=12, prompt=30, steps=2)
+    assert layer.held.slots.starts is not None
+    assert layer.held.slots.sizes.tolist() == [[8, 22]]
+
+
+def test_ragged_rows_of_different_lengths(form):
+    real = padded([1, 9], 9)  # the first row begins with the last step
+    real[1, 7] = False
+    layer = assert_uneven_agree(form, H2O(2, 2), "low_rank", b=2, prompt=5, steps=4, real=real, real_steps=True)
+    assert layer.held.slots.starts is not None
+    assert layer.held.rows.seen.tolist() == [1, 8]
+
+
+def test_counts_by_head_in_equal_heads(form):
+    layer = assert_uneven_agree(form, H2O(3, 2), "low_rank", shares=(0.75, 1.25), b=2, prompt=7, steps=2)
+    assert layer.held.slots.starts is None
+    assert layer.held.rows.counts.tolist() == [[[2, 2], [4, 2]]] * 2
+
+
+def test_counts_by_head_and_row(form):
+    layer = assert_uneven_agree(form, H2O(0.5, 0.25), "low_rank", b=2, prompt=8, steps=3, real=padded([9, 11], 11))
+    assert layer.held.slots.starts is not None
+    assert layer.held.rows.counts.tolist() == [[[2, 1], [4, 2]], [[2, 1], [6, 3]]]
+
+
+@pytest.mark.parametrize("policy", [H2O(3, 2), SinkRecent(2, 3)], ids=["h2o", "sink_recent"])
+def test_bias(form, policy):
+    layer = assert_uneven_agree(form, policy, "soft_centroids", shares=(1.0, 1.0), biased=True, prompt=5, steps=4)
+    assert layer.held.slots.starts is None
+    biased = layer.held.slots.bias.count_nonzero(dim=-1)  # slots of a head, out of 6, that no new token came into
+    assert ((biased > 0) & (biased < 6)).all()
+
+
+def test_bias_in_ragged_heads(form):
+    layer = assert_uneven_agree(form, H2O(2, 2), "low_rank", biased=True, prompt=5, steps=4)
+    assert layer.held.slots.starts is not None
+    assert layer.held.slots.bias.count_nonzero() > 0
 
 
 # The state

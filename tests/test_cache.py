@@ -15,6 +15,7 @@ from transformers.generation.streamers import BaseStreamer
 from less_cache import CORM, H2O, LESSCache, LESSKernels, SinkRecent
 from less_cache.cache.layer import LESSLayer
 from less_cache.memory import MEMORIES
+from less_cache.slots import Slots
 
 POLICIES = [H2O(heavy=4, recent=3), H2O(heavy=0.1, recent=0.1), SinkRecent(sinks=2, recent=5), CORM(window=4, recent=3)]
 NEW = 12
@@ -233,13 +234,13 @@ def test_prefill_chunks_are_blocks(policy, chunk):
 def test_prefill_chunks_bound_the_prompts_cache(monkeypatch):
     model, prompt = tiny_llama(), tokens(length=200)
     held = []
-    store = LESSLayer._store
+    keep = Slots.keep
 
-    def recording(layer, keys, *rest):
-        held.append(keys.shape[2])
-        store(layer, keys, *rest)
+    def recording(columns, *rest):
+        held.append(columns.keys.shape[2])
+        return keep(columns, *rest)
 
-    monkeypatch.setattr(LESSLayer, "_store", recording)
+    monkeypatch.setattr(Slots, "keep", recording)
     generate(model, caches(model)(), prompt, prefill_chunk_size=16)
     assert max(held) == 16 + POLICIES[0].heavy + POLICIES[0].recent + 1  # one slot is free
 

@@ -1,6 +1,7 @@
 """The fused step of GPUs: when it is taken, what it falls back to, that it compiles. What it computes: `fused_cases.py`."""
 
 import contextlib
+import functools
 import os
 import subprocess
 import sys
@@ -20,12 +21,13 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from less_cache import CORM, H2O, SinkRecent
-from less_cache.backends import triton as fused
 from less_cache.backends import select
+from less_cache.backends import triton as fused
 from less_cache.cache.layer import LESSLayer
 from less_cache.cache.static import StaticLESSLayer
 from less_cache.memory import MEMORIES
 from less_cache.memory.centroids import LayerCentroids
+from less_cache.slots.formats import FORMATS, FloatSlots
 
 MOST = {  # operations of a step beside the kernels, views included; lower a number when it has become lower
     ("h2o", "sparse"): 10,
@@ -46,6 +48,10 @@ TYPES = {
 }
 
 
+class OtherSlots(FloatSlots):
+    name = "other"
+
+
 @pytest.fixture(autouse=True)
 def no_other_form(monkeypatch):
     monkeypatch.setattr(select, "BACKENDS", {})
@@ -58,9 +64,9 @@ def fusing(**changed):
         yield
 
 
-def outputs(policy=POLICY, memory=None, **attention) -> tuple[torch.Tensor, LESSLayer]:
+def outputs(policy=POLICY, memory=None, slots="float", **attention) -> tuple[torch.Tensor, LESSLayer]:
     """What a small layer gives for a prompt of five tokens and some steps, and the layer."""
-    layer = LESSLayer(policy, memory, layer_idx=1, leads=False)
+    layer = LESSLayer(policy, memory, layer_idx=1, leads=False, slots=slots)
     states = tiny.random_states(1, 2, 1, 5 + STEPS, 8)
     return tiny.feed(layer, *states, [5] + [1] * STEPS, **attention), layer
 
@@ -87,10 +93,11 @@ def test_torch_compile_never_asks_for_it():
 
 @pytest.mark.parametrize(
     "refused",
-    [{"policy": CORM(3, 2)}, {"memory": LayerCentroids(2)}, {"softcap": 5.0}, {"s_aux": torch.zeros(2)}],
+    [{"policy": CORM(3, 2)}, {"memory": LayerCentroids(2)}, {"softcap": 5.0}, {"s_aux": torch.zeros(2)}, {"slots": "other"}],
     ids=lambda refused: next(iter(refused)),
 )
-def test_what_it_refuses(refused):
+def test_what_it_refuses(refused, monkeypatch):
+    monkeypatch.setitem(FORMATS, "other", OtherSlots)
     with fusing(step=mock.Mock(side_effect=AssertionError)):
         outputs(**refused)
 
@@ -150,6 +157,21 @@ def test_a_step_takes_few_operations(policy, kernels):
     assert {name: rows.data_ptr() for name, rows in layer.tensors().items()} == addresses
 
 
+def uneven_layer(policy: str, kernels: str, dtype: torch.dtype = torch.float32) -> LESSLayer:
+    """As `full_layer`, of heads of different sizes and with a bias a slot."""
+    with_shares = functools.partial(LESSLayer, shares=torch.tensor([0.5, 1.5]))
+    layer = full_layer(policy, kernels, layer_class=with_shares, dtype=dtype)
+    assert layer.held.slots.starts is not None
+    layer.held.slots.bias = torch.zeros_like(layer.held.slots.scores)
+    return layer
+
+
+@pytest.mark.parametrize("policy, kernels", MOST)
+def test_uneven_heads_take_no_more_operations(policy, kernels):
+    with fusing(_launched=mock.Mock(return_value=True)):
+        assert step(uneven_layer(policy, kernels)).names == step(full_layer(policy, kernels)).names
+
+
 # On GPUs: the compiler needs none
 
 
@@ -177,13 +199,18 @@ class Compiled:
         self.binaries.append(triton.compile(source, target=self.target, options={"num_warps": num_warps}).asm["cubin"])
 
 
+@pytest.mark.parametrize("of", [full_layer, uneven_layer])
 @pytest.mark.parametrize(
     "capability, policy, kernels, dtype",
-    [(80, "h2o", "low_rank", torch.bfloat16), (90, "sink_recent", "soft_centroids", torch.float32)],
+    [
+        (80, "h2o", "low_rank", torch.bfloat16),
+        (90, "sink_recent", "soft_centroids", torch.float32),
+        (100, "h2o", "soft_centroids", torch.bfloat16),
+    ],
 )
-def test_compiles_for(monkeypatch, tmp_path, capability, policy, kernels, dtype):
+def test_compiles_for(monkeypatch, tmp_path, capability, policy, kernels, dtype, of):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    layer = full_layer(policy, kernels, dtype=dtype)
+    layer = of(policy, kernels, dtype=dtype)
     attend, fold_in = (Compiled(kernel, GPUTarget("cuda", capability, 32)) for kernel in (fused._attend, fused._fold_in))
     with fusing(_attend=attend, _fold_in=fold_in):
         step(layer, dtype=dtype)

@@ -267,7 +267,7 @@ def test_a_fork_shares_the_kernels_and_no_other_tensor(model, prompt):
     other = copy.deepcopy(prefix)
     assert other.kernels is prefix.kernels and other.policy is prefix.policy
     for one, two in zip(prefix.layers, other.layers, strict=True):
-        assert one.kernels is two.kernels
+        assert one.setup.memory is two.setup.memory
         pointers = [{tensor.data_ptr() for tensor in layer.tensors().values()} for layer in (one, two)]
         assert pointers[0].isdisjoint(pointers[1])
 

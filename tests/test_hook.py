@@ -60,7 +60,7 @@ from transformers import AttentionInterface
 from transformers.models.falcon.modeling_falcon import FalconAttention
 
 before = AttentionInterface.get_interface, FalconAttention.forward, dict(AttentionInterface().items())
-import less_cache, less_cache.hook
+import less_cache, less_cache.integration.hook
 assert before == (AttentionInterface.get_interface, FalconAttention.forward, dict(AttentionInterface().items()))
 """
     subprocess.run([sys.executable, "-c", script], check=True)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from strategies import cases
 
 from less_cache import CORM, H2O, POLICIES, LESSError, SinkRecent
-from less_cache.cache.layer import PER_ROW, LESSLayer
+from less_cache.cache.layer import LESSLayer
 
 STEP_POLICIES = [H2O(2, 3), SinkRecent(2, 3), CORM(3, 2)]
 
@@ -18,7 +18,7 @@ STEP_POLICIES = [H2O(2, 3), SinkRecent(2, 3), CORM(3, 2)]
 @pytest.fixture(autouse=True, scope="module")
 def small_blocks():
     """Small inner blocks, so that a dozen tokens reach every path."""
-    with mock.patch.multiple("less_cache.cache.layer", QUERY_BLOCK=3, SPARE_SLOTS=2):
+    with mock.patch("less_cache.backends.torch.QUERY_BLOCK", 3), mock.patch("less_cache.slots.slots.SPARE_SLOTS", 2):
         yield
 
 
@@ -27,9 +27,12 @@ def assert_equal_layers(layer: LESSLayer, other: LESSLayer) -> None:
     assert layer.cumulative_length == other.cumulative_length
     if layer.cumulative_length == 0:
         return
-    for name in set(PER_ROW) - {"keys", "values"}:
-        assert torch.equal(getattr(layer, name), getattr(other, name)), name
-    held = layer.held.slots.positions >= 0
+    for name in ("seen", "settled", "counts"):
+        assert torch.equal(getattr(layer.held.rows, name), getattr(other.held.rows, name)), name
+    columns, other_columns = layer.held.slots.columns(), other.held.slots.columns()
+    for name in ("positions", "scores"):
+        assert torch.equal(getattr(columns, name), getattr(other_columns, name)), name
+    held = columns.positions >= 0
     assert torch.equal(layer.keys[held], other.keys[held]) and torch.equal(layer.values[held], other.values[held])
     if layer.held.state is not None:
         assert torch.equal(layer.held.state.values_sum, other.held.state.values_sum)

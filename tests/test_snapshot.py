@@ -171,8 +171,8 @@ def test_other_files(prompt, tmp_path):
     with pytest.raises(LESSError, match="without its header"):
         LESSCache.load(tmp_path / "weights", model)
     path = saved(tmp_path / "prefix", model, prompt)
-    rewritten(path, format_version=2, less_cache_version="9.0")
-    with pytest.raises(LESSError, match=r"expected format_version 1, got 2, written by less-cache 9\.0"):
+    rewritten(path, format_version=3, less_cache_version="9.0")
+    with pytest.raises(LESSError, match=r"expected format_version 1 to 2, got 3, written by less-cache 9\.0"):
         LESSCache.load(path, model)
     with pytest.raises(LESSError, match="got the folder"):
         LESSCache(model, POLICIES[0]).save(tmp_path)

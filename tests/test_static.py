@@ -14,8 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CompileConfig, PreTrainedModel
 
 from less_cache import CORM, H2O, LESSCache, LESSError, LESSKernels, SinkRecent
-from less_cache.cache import layer
+from less_cache.backends import select
+from less_cache.cache import guards
 from less_cache.cache.layer import LESSLayer
+from less_cache.slots import slots
 
 POLICIES = [H2O(heavy=4, recent=3), H2O(heavy=0.2, recent=0.1), SinkRecent(sinks=2, recent=5)]
 KERNELS = {
@@ -204,7 +206,7 @@ def test_ways_to_ask_for_it(monkeypatch, tmp_path):
     kernels.save_pretrained(tmp_path)
     assert LESSCache.from_pretrained(tmp_path, model, static=True).is_compileable
     for known in (kernels, None):
-        monkeypatch.setattr("less_cache.cache.cache.kernels_for", lambda model, token, known=known: known)
+        monkeypatch.setattr("less_cache.hub.resolution.kernels_for", lambda model, token, known=known: known)
         assert LESSCache.for_model(model, static=True).is_compileable
         assert not LESSCache.for_model(model).is_compileable
 
@@ -249,8 +251,8 @@ class HostReads(TorchDispatchMode):
 @pytest.mark.parametrize("policy", [POLICIES[0], POLICIES[2]], ids=repr)
 @each_kernels
 def test_a_step_waits_for_no_device(policy, kernels, monkeypatch):
-    monkeypatch.setattr(layer, "READ_AT_ONCE", set())  # as on a GPU
-    monkeypatch.setattr(layer, "FUSED", {})
+    monkeypatch.setattr(guards, "READ_AT_ONCE", set())  # as on a GPU
+    monkeypatch.setattr(select, "BACKENDS", {})
     model = tiny_llama()
     dynamic, static = both(model, policy, kernels)
     mask = torch.ones(2, 1, 1, 1, dtype=torch.bool)
@@ -342,7 +344,7 @@ def test_chunks_of_a_prompt_in_a_compiled_model():
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
-@pytest.mark.skipif(not layer.COMPILES_WELL, reason="torch before 2.13 makes machine code of a step that does not run")
+@pytest.mark.skipif(not slots.COMPILES_WELL, reason="torch before 2.13 makes machine code of a step that does not run")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own
 def test_compiled_to_machine_code_nothing_as_large_as_the_kept_keys_is_copied(monkeypatch):
     """In-place writes that the compiler would make out of place cost a copy of all slots in every step."""

@@ -23,8 +23,8 @@ from transformers import MistralConfig, MistralForCausalLM
 from less_cache import CORM, H2O, POLICIES, LESSCache, LESSError, LESSKernels, SinkRecent
 from less_cache.backends.cpu import bridge as native
 from less_cache.cache.layer import LESSLayer
+from less_cache.files import atomic
 from less_cache.integration import hook
-from less_cache.kernels import folder as files
 from less_cache.memory import MEMORIES
 from less_cache.ops.attention import attention_logits
 from less_cache.training import TokenSampler, TrainingOptions, estimate, train
@@ -662,7 +662,7 @@ def test_a_full_disk_keeps_the_finished_layers(name, layers, at, tmp_path, monke
 
     with monkeypatch.context() as full:
         if at == "write":
-            full.setattr(files, "open", Half, raising=False)
+            full.setattr(atomic, "open", Half, raising=False)
         else:
             full.setattr(os, "replace", replace)
         with pytest.raises(LESSError, match=r"No space left on device.*the same command goes on"):

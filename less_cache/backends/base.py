@@ -22,7 +22,7 @@ class Backend(Protocol):
         """Whether `step` knows how to take the one token of `call`."""
 
     def step(self, setup: Setup, held: Held, call: AttentionCall) -> torch.Tensor | None:
-        """Take one token a row into `held`, in place: its output, `[b, h, 1, w]`; None where it cannot, and nothing was done."""
+        """Take one token a row into `held`, in place: its output `[b, h, 1, w]`; None where it cannot, with nothing done."""
 
     def can_read(self, policy: EvictionPolicy, call: AttentionCall) -> bool:
         """Whether `read_prompt` knows how to read the prompt of `call`."""

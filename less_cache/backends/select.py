@@ -23,8 +23,7 @@ BACKENDS = {} if os.environ.get("LESS_CACHE_NATIVE") == "0" else {"cpu": "less_c
 
 def take_step(setup: Setup, held: Held, call: AttentionCall, tokens: int) -> torch.Tensor:
     """Take one token a row into `held`, after the `tokens` that were seen: its output, `[b, h, 1, w]`."""
-    if setup.grows:
-        held.slots = held.slots.for_step(tokens)
+    held.make_room(setup.policy, tokens)
     backend = backend_of(call.query_states.device)
     if backend is not None and backend.can_step(setup, held, call):
         output = backend.step(setup, held, call)
@@ -37,7 +36,7 @@ def take_block(setup: Setup, held: Held, call: AttentionCall, tokens: int) -> to
     """Take several tokens, or the first, after the `tokens` that were seen: their output, `[b, h, n, w]`; None for a first
     block whose output the model's own attention gives.
     """
-    tokens += call.num_tokens
+    tokens = tokens + call.num_tokens  # may be a tensor, which stays as it is
     if held.slots is not None:
         return in_pytorch.read_next(setup, held, call, tokens)
     return in_pytorch.read_first(setup, held, call, tokens, attends_prompt(setup.policy, call), read_first_block)

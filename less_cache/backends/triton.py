@@ -1,4 +1,4 @@
-"""A decoding step of one layer in two Triton kernels, for GPUs, where the step of `layer` waits for its launches.
+"""A decoding step of one layer in two Triton kernels, for GPUs, where the step in PyTorch waits for its launches.
 
     attend: write the new token, attention over slots and virtual tokens, scores, the victim and its pair
     fold in: the victim's pair into the state
@@ -7,19 +7,20 @@
 counted as operations that are neither views nor empty tensors (`tests/test_fused.py` counts all):
 
     kernels              PyTorch    fused: Triton + PyTorch
-    none                 40         1 + 1
-    low rank             75         2 + 25
-    trained centroids    97         2 + 46
+    none                 38         1 + 1
+    low rank             73         2 + 25
+    trained centroids    94         2 + 45
 
-`LESSLayer._step` is the oracle, and takes every step that `can` refuses. Its rules stand here a second time: those of
-`attention.less_attention`, and `observe`, `protected`, `capacity` and `victim` of the policies in `POLICIES`.
+`backends.torch.step` is the oracle, and takes every step that `can_step` refuses. Its rules stand here a second time: those
+of `ops.attention.less_attention`, and `observe`, `protected`, `capacity` and `victim` of the policies in `POLICIES`.
 
 It has run through Triton's interpreter alone, and been compiled for GPUs, never on one: speed unmeasured, and off until it has.
-`less_cache.layer.FUSED["cuda"] = "less_cache.backends.triton"` turns it on.
+`less_cache.backends.select.BACKENDS["cuda"] = "less_cache.backends.triton"` turns it on.
 
-A model compiled with torch.compile never comes here. Needs triton: nothing but `layer` imports this module, on a GPU.
+A model compiled with torch.compile never comes here. Needs triton: nothing but `backends.select` imports this module, on a GPU.
 
-Axes: `b` batch, `g` KV heads, `s` query heads per KV head, `c` slots, `d` head dim, `w` width of values, `r` virtual tokens.
+Axes: `b` rows, `g` KV heads, `s` query heads per KV head, `c` slots of a head, `N` slots of all heads, `d` head dim, `w` width
+of values, `r` virtual tokens, `f` token counts of the policy: 2.
 """
 
 import warnings
@@ -46,11 +47,11 @@ def can_step(setup: Setup, held: Held, call: AttentionCall) -> bool:
     return (
         not _failed
         and type(setup.policy) in POLICIES
-        and held.slots.is_plain
+        and held.slots.format.name == "float"
         and (held.state is None or isinstance(held.state, LowRankState))
         and call.softcap is None
         and call.sinks is None
-        and all(states.dtype in DTYPES for states in (held.slots.keys, held.slots.values, call.query_states))
+        and all(states.dtype in DTYPES for states in (*held.slots.stored.values(), call.query_states))
     )
 
 
@@ -61,7 +62,8 @@ def step(setup: Setup, held: Held, call: AttentionCall) -> torch.Tensor | None:
         states.contiguous() for states in (call.query_states, call.key_states, call.value_states)
     )
     b, h, _, d = query_states.shape
-    g, w, c = key_states.shape[1], value_states.shape[-1], slots.keys.shape[2]
+    g, w = key_states.shape[1], value_states.shape[-1]
+    c = slots.positions.shape[-1]  # where heads differ, N: no head has more
     logits, means, r = None, None, 0
     if held.state is not None:
         logits, means = setup.memory.virtual_tokens(held.state, query_states, call.scaling)
@@ -77,10 +79,12 @@ def step(setup: Setup, held: Held, call: AttentionCall) -> torch.Tensor | None:
         query_states,
         key_states,
         value_states,
-        slots.keys,
-        slots.values,
+        slots.stored["keys"],
+        slots.stored["values"],
         slots.positions,
         slots.scores,
+        slots.bias,
+        slots.starts,
         rows.seen,
         rows.counts,
         rows.settled,
@@ -93,6 +97,8 @@ def step(setup: Setup, held: Held, call: AttentionCall) -> torch.Tensor | None:
         left,
         call.scaling,
         c,
+        rows.counts.stride(0),
+        rows.counts.stride(1) if rows.counts.dim() == 3 else 0,
         G=g,
         S=h // g,
         D=d,
@@ -100,6 +106,8 @@ def step(setup: Setup, held: Held, call: AttentionCall) -> torch.Tensor | None:
         R=r,
         OBSERVES=isinstance(setup.policy, H2O),
         PADS=real is not None,
+        RAGGED=slots.starts is not None,
+        HAS_BIAS=slots.bias is not None,
         S_BLOCK=triton.next_power_of_2(h // g),
         C_BLOCK=max(16, min(64, _block(c), TILE // width)),
         D_BLOCK=_block(d),
@@ -191,12 +199,14 @@ def _attend(
     query,  # [b, g, s, d], of the new token
     key,  # [b, g, d]
     value,  # [b, g, w]
-    keys,  # [b, g, c, d], of the slots, as all up to the scores
+    keys,  # [b, g, c, d], of the slots, as all up to the bias; with RAGGED [N, d]
     values,  # [b, g, c, w]
     positions,  # [b, g, c] int32
     scores,  # [b, g, c] float32
+    bias,  # [b, g, c] float32
+    starts,  # [b·g + 1] int64, where each head's slots begin and the last one's end
     seen,  # [b] int64
-    counts,  # [b, 2] int64
+    counts,  # [b, f] or [b, g, f] int64, of the strides below
     settled,  # [b] bool
     real,  # [b] bool
     virtual_logits,  # [b, g, s, r] float32
@@ -206,7 +216,9 @@ def _attend(
     victim_value,  # [b, g, w]
     left,  # [b, g] int32
     scaling,
-    c,
+    c,  # with RAGGED every head reads its own
+    counts_row_stride,
+    counts_head_stride,  # 0: the same for all heads
     G: tl.constexpr,
     S: tl.constexpr,
     D: tl.constexpr,
@@ -214,6 +226,8 @@ def _attend(
     R: tl.constexpr,
     OBSERVES: tl.constexpr,  # H2O; else sinks + recent
     PADS: tl.constexpr,
+    RAGGED: tl.constexpr,  # heads have different numbers of slots
+    HAS_BIAS: tl.constexpr,
     S_BLOCK: tl.constexpr,
     C_BLOCK: tl.constexpr,
     D_BLOCK: tl.constexpr,
@@ -223,10 +237,17 @@ def _attend(
     """One KV head of one row. Reads the keys once, for H2O twice: a weight is known when all of them have been read."""
     head = tl.program_id(0).to(tl.int64)  # out of b·g
     row = head // G
-    keys += head * c * D
-    values += head * c * W
-    positions += head * c
-    scores += head * c
+    if RAGGED:
+        begin = tl.load(starts + head)
+        c = (tl.load(starts + head + 1) - begin).to(tl.int32)
+    else:
+        begin = head * c
+    keys += begin * D
+    values += begin * W
+    positions += begin
+    scores += begin
+    if HAS_BIAS:
+        bias += begin
     before = tl.load(seen + row).to(tl.int32)  # tokens before this one: its position
     arrives = 1
     if PADS:
@@ -254,7 +275,7 @@ def _attend(
         kept = position >= 0
         slot = tl.minimum(slot, tl.min(tl.where(kept, c, column), axis=0))
         held += tl.sum(kept.to(tl.int32), axis=0)
-        logits = _logits(queries, keys, column, kept, D, D_BLOCK)  # [s, block]
+        logits = _logits(queries, keys, bias, column, kept, D, HAS_BIAS, D_BLOCK)  # [s, block]
         larger = tl.maximum(largest, tl.max(logits, axis=1))
         shrink = tl.exp(largest - larger)
         weights = tl.exp(logits - larger[:, None])
@@ -284,8 +305,9 @@ def _attend(
     tl.store(output + group * W + width[None, :], mean / total[:, None], mask=is_head[:, None] & (width < W)[None, :])
 
     # Scores, and the victim: of the lowest scores that nothing protects, the oldest. The new token is protected.
-    heavy_or_sinks = tl.load(counts + 2 * row).to(tl.int32)
-    recent = tl.load(counts + 2 * row + 1).to(tl.int32)
+    counts += row * counts_row_stride + (head % G) * counts_head_stride
+    heavy_or_sinks = tl.load(counts).to(tl.int32)
+    recent = tl.load(counts + 1).to(tl.int32)
     lowest_score = float("inf")
     oldest = 2147483647
     victim = 0
@@ -296,7 +318,7 @@ def _attend(
         score = tl.load(scores + column, mask=kept, other=0.0)
         may_go = kept & (position < before + arrives - recent)
         if OBSERVES:
-            logits = _logits(queries, keys, column, kept, D, D_BLOCK)
+            logits = _logits(queries, keys, bias, column, kept, D, HAS_BIAS, D_BLOCK)
             weights = tl.exp(logits - largest[:, None]) / mass[:, None]
             score += arrives * tl.sum(tl.where(is_head[:, None], weights, 0.0), axis=0)
             tl.debug_barrier()  # several threads may hold one score: all must have read it
@@ -327,17 +349,21 @@ def _attend(
     if OBSERVES:
         new_score = arrives * tl.sum(tl.where(is_head, tl.exp(new_logit - largest) / mass, 0.0), axis=0)
     tl.store(scores + slot, new_score, mask=slot < c)
+    if HAS_BIAS:
+        tl.store(bias + slot, 0.0, mask=slot < c)
     tl.store(positions + victim, -1, mask=leaves)
     if head % G == 0:
         tl.store(settled + row, (tl.load(settled + row) != 0) | ((before > 0) & (arrives > 0)))
 
 
 @triton.jit
-def _logits(queries, keys, column, kept, D: tl.constexpr, D_BLOCK: tl.constexpr):
-    """q k of some slots, `[s, block]`, -inf for empty ones. The products are exact to float32, as in PyTorch."""
+def _logits(queries, keys, bias, column, kept, D: tl.constexpr, HAS_BIAS: tl.constexpr, D_BLOCK: tl.constexpr):
+    """q k of some slots and their bias, `[s, block]`, -inf for empty ones. The products are exact to float32, as in PyTorch."""
     dim = tl.arange(0, D_BLOCK)
     block = tl.load(keys + column[:, None] * D + dim[None, :], mask=kept[:, None] & (dim < D)[None, :], other=0.0)
     logits = tl.dot(queries, tl.trans(block.to(tl.float32)), input_precision="ieee")
+    if HAS_BIAS:
+        logits += tl.load(bias + column, mask=kept, other=0.0)[None, :]
     return tl.where(kept[None, :], logits, float("-inf"))
 
 

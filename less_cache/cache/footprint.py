@@ -54,7 +54,7 @@ def measure(layers: Sequence[Any]) -> MemoryFootprint:
                 bookkeeping += tensor.nbytes
             else:
                 low_rank_state += tensor.nbytes
-        bookkeeping += layer.recorded_bytes
+        bookkeeping += layer.recorded_bytes + (0 if layer.is_empty else layer.held.slots.host_bytes)
         full_cache += layer.bytes_per_token * int(layer.cumulative_length)
     return MemoryFootprint(keys_values, low_rank_state, bookkeeping, full_cache)
 

@@ -90,8 +90,8 @@ def check_continuation(
         too_short = too_short or bool((behind if real is None else behind & real[:, -1]).any())
     if too_short:
         raise LESSError(
-            f"Layer {layer_idx}: the new tokens lie before the {seen} tokens that the cache has seen: the prompt or its mask is "
-            "shorter. Pass the whole conversation with its mask, or call cache.reset()."
+            f"Layer {layer_idx}: the new tokens lie before the {seen} tokens that the cache has seen: the prompt or its "
+            "mask is shorter. Pass the whole conversation with its mask, or call cache.reset()."
         )
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from less_cache.policies import EvictionPolicy
 from less_cache.slots.rows import Rows
 from less_cache.slots.setup import Setup
 from less_cache.slots.slots import Slots
@@ -31,6 +32,13 @@ class Held:
         if self.slots is not None:
             tensors |= self.slots.tensors()
         return tensors if self.state is None else tensors | vars(self.state)
+
+    def make_room(self, policy: EvictionPolicy, tokens: int) -> None:
+        """Have a free slot in every head for one more token, after the `tokens` that were seen."""
+        if self.slots.room == 0:
+            self.slots = self.slots.refit(policy.capacity(self.rows.counts_by_head()), tokens)
+        if self.slots.room is not None:
+            self.slots.room -= 1
 
     def map(self, change: Callable[[str, torch.Tensor], torch.Tensor]) -> "Held":
         """The same with every tensor changed, by its name; shapes stay."""
@@ -65,6 +73,8 @@ class Held:
         rows = Rows(**{name: tensors[name] for name in OF_ROWS})
         capacity = setup.policy.capacity(rows.counts_by_head())
         slots = Slots.from_tensors(tensors, setup.format, dtype, len(rows.seen), capacity)
+        if slots.room is not None and not setup.grows:
+            slots = slots.refit(capacity, None)
         empty = cls.empty(setup, *slots.sizes.shape, 1, rows.seen.device)  # of the right type: its tensors come from the file
         return cls(rows, slots, _map_state(empty.state, lambda name, _: tensors[name]))
 

@@ -45,8 +45,7 @@ class Slots:
     scores: torch.Tensor  # as positions, float32
     bias: torch.Tensor | None  # as positions, float32
     starts: torch.Tensor | None  # [b·g + 1] int64; None: heads of one size
-    sizes: torch.Tensor  # [b, g] int64, on the processor
-    capacity: torch.Tensor | None  # [b, g] int64, on the processor; None: there is no budget
+    own_sizes: torch.Tensor | None  # [b, g] int64, on the processor, where it differs by head
     room: int | None  # steps that may come before a head may be full; None: any number
 
     # Making them
@@ -62,13 +61,13 @@ class Slots:
         """
         b, g, _ = kept.shape
         if capacity is None:
-            return cls._compact(columns, kept, format, kept.sum(-1).cpu() + SPARE_SLOTS, None, SPARE_SLOTS)
+            return cls._compact(columns, kept, format, kept.sum(-1).cpu() + SPARE_SLOTS, SPARE_SLOTS)
         capacity = capacity.cpu().expand(b, g, 1).squeeze(-1)
         most = int(capacity.max())
         if tokens is None or most <= tokens + SPARE_SLOTS:
-            return cls._compact(columns, kept, format, capacity + 1, capacity, None)
+            return cls._compact(columns, kept, format, capacity + 1, None)
         spare = max(SPARE_SLOTS, tokens // 4)
-        return cls._compact(columns, kept, format, capacity.clamp_max(tokens + spare) + 1, capacity, spare)
+        return cls._compact(columns, kept, format, capacity.clamp_max(tokens + spare) + 1, spare)
 
     @classmethod
     def _compact(
@@ -77,16 +76,12 @@ class Slots:
         kept: torch.Tensor,
         format: SlotFormat,
         sizes: torch.Tensor,
-        capacity: torch.Tensor | None,
         room: int | None,
     ) -> "Slots":
         b, g, c = kept.shape
         longest = int(sizes.max())
-        starts = None
-        if longest * b * g > SLACK * int(sizes.sum()):
-            starts = _starts(sizes).to(kept.device)
-        else:
-            sizes = torch.full_like(sizes, longest)
+        differ = longest * b * g > SLACK * int(sizes.sum())
+        starts = _starts(sizes).to(kept.device) if differ else None
         held = min(c, longest)
         order = (~kept).int().argsort(dim=-1, stable=True)[..., :held]  # [b, g, held], kept ones first
 
@@ -106,8 +101,7 @@ class Slots:
             scores=compact(columns.scores, 0),
             bias=None if columns.bias is None else compact(columns.bias, 0),
             starts=starts,
-            sizes=sizes,
-            capacity=capacity,
+            own_sizes=sizes if differ else None,
             room=room,
         )
 
@@ -121,34 +115,30 @@ class Slots:
         capacity: torch.Tensor | None,
     ) -> "Slots":
         """The slots that `tensors` gave these of; `b`: rows, `capacity` as in `keep`."""
-        positions, starts = tensors["positions"], tensors.get("starts")
-        sizes = torch.full(positions.shape[:2], positions.shape[-1]) if starts is None else starts.diff().view(b, -1).cpu()
-        if capacity is not None:
-            capacity = capacity.cpu().expand(*sizes.shape, 1).squeeze(-1)
-        is_final = capacity is not None and bool((sizes > capacity).all())
-        return cls(
-            format,
-            dtype,
-            {name: tensors[name] for name in format.names()},
-            positions,
-            tensors["scores"],
-            tensors.get("bias"),
-            starts,
-            sizes,
-            capacity,
-            room=None if is_final else 0,
-        )
+        starts = tensors.get("starts")
+        stored = {name: tensors[name] for name in format.names()}
+        sizes = None if starts is None else starts.diff().view(b, -1).cpu()
+        beside = tensors["positions"], tensors["scores"], tensors.get("bias"), starts
+        slots = cls(format, dtype, stored, *beside, sizes, room=0)
+        if capacity is not None and bool((slots.sizes.unsqueeze(-1) > capacity.cpu()).all()):
+            slots.room = None
+        return slots
 
     # Reading them
 
     @property
-    def longest(self) -> int:
-        """Slots of the head that has most."""
-        return self.positions.shape[-1] if self.starts is None else int(self.sizes.max())
+    def sizes(self) -> torch.Tensor:
+        """Slots of each head, `[b, g]` on the processor."""
+        return torch.full(self.positions.shape[:2], self.positions.shape[-1]) if self.own_sizes is None else self.own_sizes
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """All tensors by name."""
         return self.stored | {name: getattr(self, name) for name in OF_SLOTS if getattr(self, name) is not None}
+
+    @property
+    def host_bytes(self) -> int:
+        """Of what the processor knows of heads of different sizes."""
+        return 0 if self.own_sizes is None else self.own_sizes.nbytes
 
     @property
     def is_plain(self) -> bool:
@@ -176,7 +166,9 @@ class Slots:
         )
 
     def pairs(self, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values in `slots` `[b, g, m]`: `[b, g, m, d]` and `[b, g, m, w]`. Beyond a head's last slot they mean nothing."""
+        """Keys and values in `slots` `[b, g, m]`: `[b, g, m, d]` and `[b, g, m, w]`; beyond a head's last slot they mean
+        nothing.
+        """
         at = slots.unsqueeze(-1) if self.starts is None else self._at(slots).clamp_max(self.positions.shape[0] - 1)
         gathered = {name: self._gather(tensor, at) for name, tensor in self.stored.items()}
         return self._decoded("keys", gathered), self._decoded("values", gathered)
@@ -188,7 +180,7 @@ class Slots:
     ) -> torch.Tensor:
         """Put one token a head, `[b, g, 1, *]`, into an empty slot each; the slots, `[b, g, 1]`.
 
-        There is one in every head where `for_step` was asked before.
+        There is one in every head after `Held.make_room`.
         """
         empty = self.positions if self.starts is None else self._padded(self.positions, torch.iinfo(torch.int32).max)
         slots = empty.argmin(dim=-1, keepdim=True)
@@ -215,16 +207,10 @@ class Slots:
 
     # All of them at once
 
-    def for_step(self, tokens: int) -> "Slots":
-        """These, or larger ones, with a free slot in every head for one more token after the `tokens` that were seen."""
-        if self.room is None:
-            return self
-        if self.room > 0:
-            self.room -= 1
-            return self
+    def refit(self, capacity: torch.Tensor | None, tokens: int) -> "Slots":
+        """The same tokens in slots with room for more, after `tokens` were seen; arguments as in `keep`."""
         columns = self.columns()
-        capacity = None if self.capacity is None else self.capacity.unsqueeze(-1)
-        return Slots.keep(columns, columns.positions >= 0, capacity, tokens, self.format).for_step(tokens)
+        return Slots.keep(columns, columns.positions >= 0, capacity, tokens, self.format)
 
     def map(self, change: Callable[[str, torch.Tensor], torch.Tensor]) -> "Slots":
         """The same with every tensor changed, by its name; shapes stay."""
@@ -239,17 +225,15 @@ class Slots:
 
     def select(self, indices: torch.Tensor) -> "Slots":
         """The rows at `indices`, which may repeat."""
-        capacity = None if self.capacity is None else self.capacity[indices.cpu()]
-        sizes = self.sizes[indices.cpu()]
-        if self.starts is None:
-            selected = self.map(lambda name, rows: rows[indices.to(rows.device)])
-            return dataclasses.replace(selected, sizes=sizes, capacity=capacity)
+        if self.own_sizes is None:
+            return self.map(lambda name, rows: rows[indices.to(rows.device)])
+        sizes = self.own_sizes[indices.cpu()]
         starts = _starts(sizes).to(self.starts.device)
-        first = self.starts[:-1].view(self.sizes.shape)[indices.to(self.starts.device)].flatten()  # of each chosen head
+        first = self.starts[:-1].view(self.own_sizes.shape)[indices.to(starts.device)].flatten()  # of each chosen head
         head, slot = _heads_and_slots(sizes, starts)
         at = first[head] + slot
         selected = self.map(lambda name, slots: starts if name == "starts" else slots[at.to(slots.device)])
-        return dataclasses.replace(selected, sizes=sizes, capacity=capacity)
+        return dataclasses.replace(selected, own_sizes=sizes)
 
     # Equal heads and others
 
@@ -260,16 +244,16 @@ class Slots:
 
     def _padded(self, tensor: torch.Tensor, fill: int) -> torch.Tensor:
         """`[N, *]` as `[b, g, c, *]`, `fill` beyond a head's last slot; `[b, g, c, *]` as it is."""
-        if self.starts is None:
+        if self.own_sizes is None:
             return tensor
-        slot = torch.arange(self.longest, device=tensor.device)
-        there = (slot < self.starts.diff().unsqueeze(-1)).view(*self.sizes.shape, -1, *[1] * (tensor.dim() - 1))
+        slot = torch.arange(int(self.own_sizes.max()), device=tensor.device)
+        there = (slot < self.starts.diff().unsqueeze(-1)).view(*self.own_sizes.shape, -1, *[1] * (tensor.dim() - 1))
         at = (self.starts[:-1, None] + slot).clamp_max(tensor.shape[0] - 1)
-        return tensor[at].unflatten(0, self.sizes.shape).masked_fill(~there, fill)
+        return tensor[at].unflatten(0, self.own_sizes.shape).masked_fill(~there, fill)
 
     def _flat(self, columns: torch.Tensor) -> torch.Tensor:
         """`[b, g, c, *]` as the slots lie."""
-        return columns if self.starts is None else columns.flatten(0, 2)[_padded_index(self.sizes, self.starts)]
+        return columns if self.own_sizes is None else columns.flatten(0, 2)[_padded_index(self.own_sizes, self.starts)]
 
     def _at(self, slots: torch.Tensor) -> torch.Tensor:
         """Where `slots` `[b, g, m]` of heads of different sizes lie, among all."""
