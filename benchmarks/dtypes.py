@@ -18,7 +18,7 @@ from transformers import Cache, DynamicCache
 
 from less_cache import LESSCache, LESSKernels, models
 from less_cache.bench.command import without_folder
-from less_cache.cli.app import parse_budget
+from less_cache.cli.options import parse_budget
 from less_cache.evaluation.perplexity import perplexity, stretches
 from less_cache.kernels.folder import WEIGHTS_NAME
 from less_cache.policies import policy_class

@@ -21,8 +21,8 @@ import torch
 import typer
 
 from less_cache import H2O, SinkRecent
-from less_cache.bench.timing import Spread, alternate, ratios
 from less_cache.backends import select
+from less_cache.bench.timing import Spread, alternate, ratios
 from less_cache.cache.layer import LESSLayer
 from less_cache.memory import MEMORIES
 from less_cache.reports import machine, outputs

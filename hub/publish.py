@@ -12,7 +12,8 @@ import torch
 import typer
 
 from less_cache import LESSError, LESSKernels
-from less_cache.cli.app import License, app, parse_budget
+from less_cache.cli.app import app
+from less_cache.cli.options import License, parse_budget
 from less_cache.hub.client import is_repo_id
 from less_cache.kernels.folder import CONFIG_NAME
 from less_cache.policies import policy_class

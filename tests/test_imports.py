@@ -1,7 +1,8 @@
-"""The import graph, read from the sources: no cycle, one way, and the core needs nothing that is optional."""
+"""The import graph, read from the sources: no cycle, folders one way, and the core needs neither extras nor the network."""
 
 import ast
 import graphlib
+import subprocess
 import sys
 from pathlib import Path
 
@@ -11,42 +12,36 @@ import less_cache
 
 ROOT = Path(less_cache.__file__).parent
 SOURCES = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in sorted(ROOT.rglob("*.py"))}
-CORE = [  # each imports only from those before it
+FOLDERS = [  # each imports only from those before it; docs/architecture.md says what each is for
     "version",
     "errors",
-    "config",
-    "hub.files",
-    "hub.__init__",
-    "hub.client",
-    "hub.card",
-    "hub.publish",
-    "hub.catalogue",
-    "hook",
-    "families",
-    "attention",
-    "state",
+    "files",
+    "policies",
+    "ops",
     "memory",
-    "centroids",
-    "soft_centroids",
-    "policies.base",
-    "policies.h2o",
-    "policies.sink_recent",
-    "policies.corm",
-    "policies.__init__",
+    "slots",
+    "backends",
+    "integration",
     "kernels",
-    "call",
-    "recording",
-    "prompt",
-    "fused",
-    "layer",
-    "static",
-    "resolution",
-    "snapshot",
     "cache",
     "__init__",
+    "hub",
+    "testing",
+    "models",
+    "reports",
+    "training",
+    "evaluation",
+    "bench",
+    "cli",
 ]
-CORE_NEEDS = {"torch", "transformers", "safetensors", "huggingface_hub"}
-MAY_NEED = {"fused": {"triton"}}  # `layer` goes on without it
+CORE = FOLDERS[: FOLDERS.index("__init__") + 1]
+CORE_NEEDS = {"torch", "transformers", "safetensors"}
+MAY_NEED = {"backends.triton": {"triton"}}  # `backends.select` goes on without it
+# Imports inside functions: what needs the network is imported when it is asked for.
+LATE = {
+    "kernels.kernels": {"hub.client", "hub.publish"},
+    "cache.cache": {"hub.resolution"},
+}
 DISPATCH = {
     "AttentionInterface",
     "ALL_ATTENTION_FUNCTIONS",
@@ -54,16 +49,26 @@ DISPATCH = {
     "AttentionMaskInterface",
     "ALL_MASK_ATTENTION_FUNCTIONS",
 }
+MOST_LINES = 420
 
 
 def tree(module: str) -> ast.Module:
     return ast.parse(SOURCES[module].read_text(encoding="utf-8"))
 
 
-def imported(module: str) -> set[str]:
-    """Every dotted name that a module imports, inside functions too."""
+def imported(module: str, late: bool) -> set[str]:
+    """Every dotted name that a module imports: when it is imported itself, or `late`, inside its functions."""
+    parsed = tree(module)
+    inner = {
+        node
+        for function in ast.walk(parsed)
+        if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef)
+        for node in ast.walk(function)
+    }
     names = set()
-    for node in ast.walk(tree(module)):
+    for node in ast.walk(parsed):
+        if (node in inner) != late:
+            continue
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -83,45 +88,99 @@ def inside(name: str) -> str | None:
     raise AssertionError(f"{name}: no such module")
 
 
-GRAPH = {module: {target for name in imported(module) if (target := inside(name))} for module in SOURCES}
+def reached(module: str, late: bool = False) -> set[str]:
+    return {target for name in imported(module, late) if (target := inside(name))}
+
+
+def folder(module: str) -> str:
+    """Where a module stands in `FOLDERS`: a folder, or a module beside them."""
+    return module.partition(".")[0]
+
+
+GRAPH = {module: reached(module) for module in SOURCES}
+IN_CORE = [module for module in SOURCES if folder(module) in CORE]
 
 
 def test_every_import_is_understood():
-    assert GRAPH["layer"] >= {"hook", "attention", "policies.__init__", "memory"}
-    assert GRAPH["__init__"] >= {"cache", "config", "kernels"}
+    assert GRAPH["cache.layer"] >= {"integration.hook", "backends.select", "memory.__init__", "slots.__init__"}
+    assert GRAPH["__init__"] >= {"cache.__init__", "kernels.__init__"}
     assert GRAPH["version"] == set()
+    assert reached("cache.cache", late=True) == {"hub.resolution"}
 
 
 def test_no_cycles():
     graphlib.TopologicalSorter(GRAPH).prepare()  # raises CycleError
 
 
-@pytest.mark.parametrize("module", CORE)
-def test_core_points_one_way(module):
-    assert GRAPH[module] <= set(CORE[: CORE.index(module)])
+def test_every_folder_has_its_place():
+    assert {folder(module) for module in SOURCES} == set(FOLDERS)
 
 
-@pytest.mark.parametrize("module", CORE)
-def test_core_needs_no_extra(module):
-    packages = {name.split(".")[0] for name in imported(module)} - set(sys.stdlib_module_names) - {"less_cache"}
+@pytest.mark.parametrize("module", SOURCES)
+def test_folders_point_one_way(module):
+    earlier = FOLDERS[: FOLDERS.index(folder(module)) + 1]
+    assert {folder(target) for target in GRAPH[module]} <= set(earlier)
+
+
+@pytest.mark.parametrize("module", IN_CORE)
+def test_the_core_needs_no_extra(module):
+    names = imported(module, late=False) | imported(module, late=True)
+    packages = {name.split(".")[0] for name in names} - set(sys.stdlib_module_names) - {"less_cache"}
     assert packages <= CORE_NEEDS | MAY_NEED.get(module, set())
 
 
-def test_every_policy_is_core():
-    assert {module for module in SOURCES if module.startswith("policies.")} == {
-        module for module in CORE if module.startswith("policies.")
-    }
+@pytest.mark.parametrize("module", IN_CORE)
+def test_the_core_imports_nothing_late_but_the_network(module):
+    assert reached(module, late=True) == LATE.get(module, set())
 
 
-@pytest.mark.parametrize("module", [module for module in SOURCES if module != "hook"])
+def test_a_cache_works_where_the_network_cannot_be_imported():
+    script = """
+import sys
+sys.modules["less_cache.hub"] = None  # importing it raises
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+from less_cache import H2O, LESSCache, LESSKernels
+heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+config = LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, vocab_size=99, **heads)
+model = LlamaForCausalLM(config).eval()
+cache = LESSCache(model, H2O(4, 4), LESSKernels.untrained(model))
+model.generate(torch.arange(20)[None], past_key_values=cache, max_new_tokens=3, do_sample=False)
+assert not any(name.startswith("less_cache.hub.") for name in sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+@pytest.mark.parametrize("module", [module for module in SOURCES if module != "integration.hook"])
 def test_only_the_hook_touches_dispatch(module):
     used = {node.id for node in ast.walk(tree(module)) if isinstance(node, ast.Name)}
     used |= {node.attr for node in ast.walk(tree(module)) if isinstance(node, ast.Attribute)}
-    used |= {part for name in imported(module) for part in name.split(".")}
+    names = imported(module, late=False) | imported(module, late=True)
+    used |= {part for name in names for part in name.split(".")}
     assert not used & DISPATCH
     assert not any(part.startswith("modeling_") for part in used)
 
 
 def test_the_hook_does():
     """The names that the test above looks for are the right ones."""
-    assert imported("hook") >= {"transformers.AttentionInterface", "transformers.models.falcon.modeling_falcon"}
+    names = imported("integration.hook", late=False)
+    assert names >= {"transformers.AttentionInterface", "transformers.models.falcon.modeling_falcon"}
+
+
+def test_backends_take_what_they_need_as_arguments():
+    """None looks into what a layer or its slots keep for themselves."""
+    for module in SOURCES:
+        if folder(module) == "backends":
+            private = {
+                node.attr
+                for node in ast.walk(tree(module))
+                if isinstance(node, ast.Attribute)
+                and node.attr.startswith("_")
+                and not (isinstance(node.value, ast.Name) and node.value.id == "self")
+            }
+            assert private <= {"_fields_", "__name__"}, module
+
+
+@pytest.mark.parametrize("module", SOURCES)
+def test_no_module_is_long(module):
+    assert len(SOURCES[module].read_text(encoding="utf-8").splitlines()) <= MOST_LINES

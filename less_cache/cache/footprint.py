@@ -54,8 +54,12 @@ def measure(layers: Sequence[Any]) -> MemoryFootprint:
                 bookkeeping += tensor.nbytes
             else:
                 low_rank_state += tensor.nbytes
-        bookkeeping += layer.recorded_bytes + (0 if layer.is_empty else layer.held.slots.host_bytes)
-        full_cache += layer.bytes_per_token * int(layer.cumulative_length)
+        bookkeeping += layer.recorded_bytes
+        if not layer.is_empty:
+            slots = layer.held.slots
+            bookkeeping += slots.host_bytes
+            first = torch.zeros(*slots.sizes.shape, 1, dtype=torch.long, device=slots.positions.device)  # a token of every row
+            full_cache += sum(states.nbytes for states in slots.pairs(first)) * int(layer.cumulative_length)
     return MemoryFootprint(keys_values, low_rank_state, bookkeeping, full_cache)
 
 

@@ -110,14 +110,6 @@ class LESSLayer(CacheLayerMixin):
         return self.tensors()
 
     @property
-    def bytes_per_token(self) -> int:
-        """What a full cache takes for a token of every row."""
-        if self.is_empty:
-            return 0
-        first = torch.zeros(*self._held.slots.sizes.shape, 1, dtype=torch.long, device=self._held.slots.positions.device)
-        return sum(states.nbytes for states in self._held.slots.pairs(first))
-
-    @property
     def recorded_bytes(self) -> int:
         """Bytes held only for `crop`; 0 right after one."""
         return 0 if self._recording is None else self._recording.nbytes
@@ -125,10 +117,10 @@ class LESSLayer(CacheLayerMixin):
     @torch.inference_mode(False)
     def load(self, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype, cumulative_length: int) -> None:
         """Go on from what `tensors` gave after so many tokens; `dtype`: of keys and values before they were stored."""
-        positions, b = tensors["positions"], len(tensors["seen"])
-        g = positions.shape[1] if "starts" not in tensors else len(tensors["starts"]) // b
-        self._begin(b, g, 1, dtype, positions.device)
-        self._hold(Held.from_tensors(tensors, self.setup, dtype))
+        held = Held.from_tensors(tensors, self.setup, dtype)
+        b, g = held.slots.sizes.shape
+        self._begin(b, g, held.slots.values.shape[-1], dtype, held.slots.positions.device)
+        self._hold(held)
         self.cumulative_length += cumulative_length
 
     def _begin(self, b: int, g: int, width: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -296,12 +288,7 @@ class LESSLayer(CacheLayerMixin):
         real = guards.real_tokens(self.layer_idx, attention_mask, len(rows.seen), n)
         if self.checks(n) and not self.is_empty:
             guards.check_continuation(self.layer_idx, rows, real, position_ids, self.cumulative_length)
-        if real is not None:  # what a model computes at padding may be NaN
-            states = tuple(each.masked_fill(~real[:, None, :, None], 0) for each in states)
-        query_states, key_states, value_states = (each.detach() for each in states)  # untagged: no cycle with the layer
-        scaling = query_states.shape[-1] ** -0.5 if scaling is None else scaling
-        softcap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
-        return AttentionCall(query_states, key_states, value_states, attention_mask, real, scaling, softcap, sinks), again
+        return AttentionCall.of(states, attention_mask, real, scaling, kwargs), again
 
     def take_in(self, call: AttentionCall) -> torch.Tensor | None:
         """Read the new tokens and take them in: attention output `[b, h, n, d]`, or None where the model's own gives it."""
@@ -327,10 +314,9 @@ class LESSLayer(CacheLayerMixin):
         return output
 
     def _record(self, call: AttentionCall) -> None:
-        """Record a call; where nobody crops, recording ends, so that memory stays constant."""
+        """Record a call, or end the recording."""
         if self._recording is not None:
-            self._recording.append(call)
-            self.record_past = self.record_past and self._recording.num_tokens - self._recording.calls[0].num_tokens < REACH
+            self.record_past = self._recording.append(call) and self.record_past
         if not self.record_past:
             self._recording = None
 

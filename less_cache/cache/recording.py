@@ -19,9 +19,11 @@ class Recording:
         self.calls: list[AttentionCall] = []
         self.num_tokens = 0
 
-    def append(self, call: AttentionCall) -> None:
+    def append(self, call: AttentionCall) -> bool:
+        """Record a call; whether to go on: where nobody crops, recording ends, so that memory stays constant."""
         self.calls.append(call)
         self.num_tokens += call.num_tokens
+        return self.num_tokens - self.calls[0].num_tokens < REACH
 
     @property
     def nbytes(self) -> int:

@@ -3,18 +3,17 @@
 from pathlib import Path
 from typing import Annotated, Any
 
-from less_cache.bench.options import CACHES, DEFAULTS, BenchOptions
+import typer
+from typer.core import TyperGroup
+
+from less_cache.cli import kernels as kernel_commands
+from less_cache.cli import measure as measure_commands
+from less_cache.cli.options import parse_budget
 from less_cache.errors import LESSError
 from less_cache.models import DEFAULT_MODEL
 from less_cache.policies import POLICIES
 from less_cache.training.options import TrainingOptions
 from less_cache.version import __version__
-
-try:
-    import typer
-    from typer.core import TyperGroup
-except ImportError as error:
-    raise SystemExit("The command line needs more packages: pip install 'less-cache[demo]'") from error
 
 
 class OneLineErrors(TyperGroup):
@@ -43,18 +42,6 @@ def main(
     version: Annotated[bool, typer.Option("--version", callback=print_version, is_eager=True, help="Print it.")] = False,
 ) -> None:
     """A sparse KV cache that keeps what it evicts in a small learned state."""
-
-
-def parse_budget(text: str) -> int | float:
-    """`"128"` is a number of tokens, `"0.05"` a fraction of the prompt. The policy checks the range."""
-    try:
-        return int(text)
-    except ValueError:
-        pass
-    try:
-        return float(text)
-    except ValueError:
-        raise typer.BadParameter(f"expected tokens such as 128, or a fraction such as 0.05, got {text!r}") from None
 
 
 @app.command()
@@ -162,200 +149,5 @@ def train(
     run(model, data, output, options, getattr(torch, dtype), dry_run)
 
 
-Name = Annotated[str, typer.Argument(metavar="NAME", help="Folder of kernels, or Hub id.")]
-Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of kernels.")]
-Revision = Annotated[str | None, typer.Option(metavar="REVISION", help="Branch, tag or commit of a repository.")]
-License = Annotated[str | None, typer.Option(metavar="ID", help="Licence of the base model, such as apache-2.0.")]
-
-
-@app.command()
-def pull(
-    name: Name,
-    revision: Revision = None,
-    output: Annotated[Path | None, typer.Option(metavar="DIR", help="Copy them here.")] = None,
-) -> None:
-    """Download kernels from the Hub, check them, and print the folder that holds them."""
-    from less_cache.hub.command import pull
-
-    pull(name, revision, output)
-
-
-@app.command()
-def push(
-    folder: Folder,
-    repo_id: Annotated[str, typer.Argument(metavar="REPO", help="Hub id, org/name; made where it does not exist.")],
-    revision: Revision = None,
-    private: Annotated[bool, typer.Option("--private", help="A new repository is private.")] = False,
-    license: License = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be sent.")] = False,
-) -> None:
-    """Check kernels, write their card, and upload both to the Hub in one commit."""
-    from less_cache.hub.command import push
-
-    push(folder, repo_id, revision, private, license, dry_run)
-
-
-@app.command()
-def info(name: Name, revision: Revision = None) -> None:
-    """Print what kernels say about themselves."""
-    from less_cache.hub.command import info
-
-    info(name, revision)
-
-
-@app.command()
-def verify(
-    name: Name,
-    revision: Revision = None,
-    model: Annotated[str | None, typer.Option(metavar="MODEL", help="Check that they were trained for this model.")] = None,
-) -> None:
-    """Check kernels: digest, names, shapes, types and values of the tensors."""
-    from less_cache.hub.command import verify
-
-    verify(name, revision, model)
-
-
-@app.command()
-def card(
-    folder: Folder,
-    reports: Annotated[
-        list[str] | None,
-        typer.Option("--report", metavar="NAME=FILE", help="Output of eval perplexity on these kernels; repeatable."),
-    ] = None,
-    base_model: Annotated[str | None, typer.Option(metavar="ID", help="Hub id of the base model; corrects the config.")] = None,
-    license: License = None,
-    plot: Annotated[bool, typer.Option(help="Draw perplexity.png from the reports.")] = True,
-) -> None:
-    """Write the model card and custom_generate/ of a folder of kernels. Text of your own in the card is kept."""
-    from less_cache.hub.command import write_card
-
-    write_card(folder, reports or [], base_model, license, plot)
-
-
-evaluations = typer.Typer(no_args_is_help=True)
-app.add_typer(evaluations, name="eval", help="Measure quality.")
-
-
-@evaluations.callback()
-def measure() -> None:
-    """Measure quality."""
-
-
-@evaluations.command()
-def perplexity(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder, .gguf file or Hub id.")],
-    data: Annotated[list[Path], typer.Option(metavar="FILE", help="UTF-8 text; several share the sequences.")],
-    budgets: Annotated[
-        list[str],
-        typer.Option("--budget", metavar="SIZE", help="Tokens that stay per KV head, or a share of the prompt; repeatable."),
-    ],
-    kernels: Annotated[str | None, typer.Option(metavar="NAME", help="Folder or Hub id. Default: none are measured.")] = None,
-    policy: Annotated[str, typer.Option(metavar="NAME", help=f"Which tokens stay: {', '.join(POLICIES)}.")] = "h2o",
-    sequences: Annotated[int, typer.Option(min=1, help="Stretches of text, evenly spaced.")] = 16,
-    prompt_length: Annotated[int, typer.Option(min=2, help="Tokens read at once at the start of each.")] = 512,
-    decoded: Annotated[int, typer.Option(min=1, help="Tokens scored after the prompt, one by one.")] = 128,
-    batch_size: Annotated[int, typer.Option(min=1, help="Sequences at once.")] = 8,
-    dtype: Annotated[str, typer.Option(help="Of the model's weights: float32, bfloat16 or float16.")] = "float32",
-    known: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Report on the same text: all but LESS is taken from it.")
-    ] = None,
-    output: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the JSON line here too.")] = None,
-    plot: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Draw perplexity over bytes, such as perplexity.png.")
-    ] = None,
-) -> None:
-    """Perplexity of text decoded token by token: full cache, policy, policy with the state's bytes, untrained state, LESS."""
-    from less_cache.evaluation.command import run
-
-    sizes = [parse_budget(budget) for budget in budgets]
-    run(model, kernels, policy, sizes, data, sequences, prompt_length, decoded, batch_size, dtype, known, output, plot)
-
-
-def parse_memory(text: str) -> int:
-    """`"16GiB"` or `"512MiB"`."""
-    units = {"MiB": 2**20, "GiB": 2**30}
-    for unit, size in units.items():
-        if text.endswith(unit):
-            try:
-                return int(float(text.removesuffix(unit)) * size)
-            except ValueError:
-                break
-    raise typer.BadParameter(f"expected a size such as 16GiB or 512MiB, got {text!r}")
-
-
-@app.command(no_args_is_help=True)
-def bench(
-    benchmark: Annotated[str, typer.Argument(metavar="BENCHMARK", help=f"One of {', '.join(DEFAULTS)}.")],
-    model: Annotated[
-        str,
-        typer.Argument(
-            metavar="MODEL", help="Folder, .gguf file or Hub id; with --random a model type too: llama is 7B-shaped."
-        ),
-    ],
-    random: Annotated[bool, typer.Option("--random", help="Random weights of the model's shape.")] = False,
-    kernels: Annotated[str | None, typer.Option(metavar="NAME", help="Folder or Hub id. Default: random ones.")] = None,
-    policy: Annotated[str, typer.Option(metavar="NAME", help=f"Which tokens stay: {', '.join(POLICIES)}.")] = "h2o",
-    budget: Annotated[
-        Any,
-        typer.Option(parser=parse_budget, metavar="SIZE", help="Tokens that stay per KV head, or a share of each context."),
-    ] = "0.05",
-    contexts: Annotated[
-        list[int] | None, typer.Option("--context", min=2, metavar="TOKENS", help="Repeatable. Default: 512 and 2048.")
-    ] = None,
-    caches: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--cache",
-            metavar="NAME",
-            help=f"{', '.join(CACHES)}; repeatable. Default: all but policy_static and less_static, which need a policy "
-            "with a budget; prefill leaves out static too.",
-        ),
-    ] = None,
-    batch: Annotated[int | None, typer.Option(min=1, help="Sequences at once; not of the benchmark batch. Default: 1.")] = None,
-    memory: Annotated[
-        Any,
-        typer.Option(
-            parser=parse_memory,
-            metavar="SIZE",
-            help="Of the benchmark batch alone, which needs it: what weights and caches may take together, such as 16GiB.",
-        ),
-    ] = None,
-    chunk: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            metavar="TOKENS",
-            help="Tokens that a LESSCache reads at once, in prefill any cache. Default: 512, in prefill all.",
-        ),
-    ] = None,
-    device: Annotated[str, typer.Option(help="Such as cpu or cuda.")] = "cpu",
-    dtype: Annotated[str, typer.Option(help="Of the weights: float32, bfloat16 or float16.")] = "float32",
-    threads: Annotated[int | None, typer.Option(min=1, help="Of the processor. Default: torch's choice.")] = None,
-    rounds: Annotated[
-        int | None,
-        typer.Option(min=1, help="Measured runs of each, after one that warms up. Default: decode 7, prefill 5, batch 3."),
-    ] = None,
-    tokens: Annotated[int | None, typer.Option(min=1, help="Tokens decoded in a run. Default: decode 16, batch 4.")] = None,
-    compile: Annotated[
-        bool | None, typer.Option("--compile", help="In decode and batch: torch.compile where the cache is static.")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Of random weights and tokens.")] = 0,
-    output: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the JSON line here too.")] = None,
-    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw a plot, such as decode.png.")] = None,
-) -> None:
-    """Measure speed and memory: DynamicCache, StaticCache, the policy alone and LESS, in turns.
-
-    decode: milliseconds a token at each context.
-
-    prefill: seconds and peak memory of reading a prompt.
-
-    memory: bytes of the cache at each context, held and by formula.
-
-    batch: the largest batch that fits into --memory, and its throughput.
-
-    Nothing is compiled without --compile; on a GPU generate compiles around all static caches by itself.
-    """
-    given = {name: value for name, value in locals().items() if name not in ("benchmark", "output", "plot")}
-    from less_cache.bench.command import run
-
-    run(benchmark, BenchOptions.of(benchmark, **given), output, plot)
+app.add_typer(kernel_commands.app)
+app.add_typer(measure_commands.app)

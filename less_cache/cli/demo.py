@@ -25,7 +25,7 @@ from less_cache.evaluation.perplexity import with_state_bytes
 from less_cache.hub import catalogue
 from less_cache.integration.families import fingerprint
 
-TEXT = Path(__file__).parent / "data" / "pride-and-prejudice-chapter-19.txt"
+TEXT = Path(__file__).parents[1] / "data" / "pride-and-prejudice-chapter-19.txt"
 TAIL = 24  # tokens of the prompt that are shown before what was generated
 SCORED = 128  # tokens at the end of the text that are held out, and scored under each cache
 

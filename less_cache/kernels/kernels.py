@@ -134,7 +134,7 @@ class LESSKernels(nn.Module):
                 its digest, or holds other tensors than the config describes; or the Hub does not hand it out.
         """
         folder = Path(folder_or_repo)
-        if not folder.is_dir() or revision is not None:
+        if not os.path.isdir(folder) or revision is not None:
             from less_cache.hub import client  # the network: when it is asked for
 
             folder = client.find(folder_or_repo, revision=revision, token=token)

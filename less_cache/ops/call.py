@@ -4,6 +4,8 @@ Axes: `b` batch, `h` query heads, `g` KV heads, `n` new tokens, `d` head dim.
 """
 
 import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -31,6 +33,23 @@ class AttentionCall:
     scaling: float
     softcap: float | None
     sinks: torch.Tensor | None
+
+    @classmethod
+    def of(
+        cls,
+        states: Sequence[torch.Tensor],
+        attention_mask: torch.Tensor | None,
+        real: torch.Tensor | None,
+        scaling: float | None,
+        kwargs: Mapping[str, Any],
+    ) -> "AttentionCall":
+        """What an attention function is called with, `states`: queries, keys and values, its keyword arguments in `kwargs`."""
+        if real is not None:  # what a model computes at padding may be NaN
+            states = [each.masked_fill(~real[:, None, :, None], 0) for each in states]
+        query_states, key_states, value_states = (each.detach() for each in states)  # untagged: no cycle with the layer
+        scaling = query_states.shape[-1] ** -0.5 if scaling is None else scaling
+        softcap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
+        return cls(query_states, key_states, value_states, attention_mask, real, scaling, softcap, sinks)
 
     @property
     def num_tokens(self) -> int:

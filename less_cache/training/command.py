@@ -14,9 +14,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from transformers import PreTrainedModel
 
-from less_cache import hub, models
+from less_cache import models
 from less_cache.errors import LESSError
 from less_cache.files import atomic
+from less_cache.kernels.folder import CONFIG_NAME
 from less_cache.reports import plots
 from less_cache.training import plot
 from less_cache.training.cost import Cost, estimate
@@ -52,7 +53,7 @@ def run(
         "dtype": str(dtype).removeprefix("torch."),
     }
     processes = Processes()
-    finished, left_over = (output / hub.CONFIG_NAME).exists(), (output / WORK_NAME).exists()
+    finished, left_over = (output / CONFIG_NAME).exists(), (output / WORK_NAME).exists()
     processes.wait()  # until all have looked
     if finished and left_over:  # stopped after its last file
         if processes.is_first:

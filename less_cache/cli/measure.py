@@ -1,0 +1,127 @@
+"""Commands that measure: eval and bench."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from less_cache.bench.options import CACHES, DEFAULTS, BenchOptions
+from less_cache.cli.options import parse_budget, parse_memory
+from less_cache.policies import POLICIES
+
+app = typer.Typer()
+evaluations = typer.Typer(no_args_is_help=True)
+app.add_typer(evaluations, name="eval", help="Measure quality.")
+
+
+@evaluations.callback()
+def measure() -> None:
+    """Measure quality."""
+
+
+@evaluations.command()
+def perplexity(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder, .gguf file or Hub id.")],
+    data: Annotated[list[Path], typer.Option(metavar="FILE", help="UTF-8 text; several share the sequences.")],
+    budgets: Annotated[
+        list[str],
+        typer.Option("--budget", metavar="SIZE", help="Tokens that stay per KV head, or a share of the prompt; repeatable."),
+    ],
+    kernels: Annotated[str | None, typer.Option(metavar="NAME", help="Folder or Hub id. Default: none are measured.")] = None,
+    policy: Annotated[str, typer.Option(metavar="NAME", help=f"Which tokens stay: {', '.join(POLICIES)}.")] = "h2o",
+    sequences: Annotated[int, typer.Option(min=1, help="Stretches of text, evenly spaced.")] = 16,
+    prompt_length: Annotated[int, typer.Option(min=2, help="Tokens read at once at the start of each.")] = 512,
+    decoded: Annotated[int, typer.Option(min=1, help="Tokens scored after the prompt, one by one.")] = 128,
+    batch_size: Annotated[int, typer.Option(min=1, help="Sequences at once.")] = 8,
+    dtype: Annotated[str, typer.Option(help="Of the model's weights: float32, bfloat16 or float16.")] = "float32",
+    known: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Report on the same text: all but LESS is taken from it.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the JSON line here too.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw perplexity over bytes, such as perplexity.png.")
+    ] = None,
+) -> None:
+    """Perplexity of text decoded token by token: full cache, policy, policy with the state's bytes, untrained state, LESS."""
+    from less_cache.evaluation.command import run
+
+    sizes = [parse_budget(budget) for budget in budgets]
+    run(model, kernels, policy, sizes, data, sequences, prompt_length, decoded, batch_size, dtype, known, output, plot)
+
+
+@app.command(no_args_is_help=True)
+def bench(
+    benchmark: Annotated[str, typer.Argument(metavar="BENCHMARK", help=f"One of {', '.join(DEFAULTS)}.")],
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL", help="Folder, .gguf file or Hub id; with --random a model type too: llama is 7B-shaped."
+        ),
+    ],
+    random: Annotated[bool, typer.Option("--random", help="Random weights of the model's shape.")] = False,
+    kernels: Annotated[str | None, typer.Option(metavar="NAME", help="Folder or Hub id. Default: random ones.")] = None,
+    policy: Annotated[str, typer.Option(metavar="NAME", help=f"Which tokens stay: {', '.join(POLICIES)}.")] = "h2o",
+    budget: Annotated[
+        Any,
+        typer.Option(parser=parse_budget, metavar="SIZE", help="Tokens that stay per KV head, or a share of each context."),
+    ] = "0.05",
+    contexts: Annotated[
+        list[int] | None, typer.Option("--context", min=2, metavar="TOKENS", help="Repeatable. Default: 512 and 2048.")
+    ] = None,
+    caches: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--cache",
+            metavar="NAME",
+            help=f"{', '.join(CACHES)}; repeatable. Default: all but policy_static and less_static, which need a policy "
+            "with a budget; prefill leaves out static too.",
+        ),
+    ] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Sequences at once; not of the benchmark batch. Default: 1.")] = None,
+    memory: Annotated[
+        Any,
+        typer.Option(
+            parser=parse_memory,
+            metavar="SIZE",
+            help="Of the benchmark batch alone, which needs it: what weights and caches may take together, such as 16GiB.",
+        ),
+    ] = None,
+    chunk: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="TOKENS",
+            help="Tokens that a LESSCache reads at once, in prefill any cache. Default: 512, in prefill all.",
+        ),
+    ] = None,
+    device: Annotated[str, typer.Option(help="Such as cpu or cuda.")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="Of the weights: float32, bfloat16 or float16.")] = "float32",
+    threads: Annotated[int | None, typer.Option(min=1, help="Of the processor. Default: torch's choice.")] = None,
+    rounds: Annotated[
+        int | None,
+        typer.Option(min=1, help="Measured runs of each, after one that warms up. Default: decode 7, prefill 5, batch 3."),
+    ] = None,
+    tokens: Annotated[int | None, typer.Option(min=1, help="Tokens decoded in a run. Default: decode 16, batch 4.")] = None,
+    compile: Annotated[
+        bool | None, typer.Option("--compile", help="In decode and batch: torch.compile where the cache is static.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of random weights and tokens.")] = 0,
+    output: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the JSON line here too.")] = None,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw a plot, such as decode.png.")] = None,
+) -> None:
+    """Measure speed and memory: DynamicCache, StaticCache, the policy alone and LESS, in turns.
+
+    decode: milliseconds a token at each context.
+
+    prefill: seconds and peak memory of reading a prompt.
+
+    memory: bytes of the cache at each context, held and by formula.
+
+    batch: the largest batch that fits into --memory, and its throughput.
+
+    Nothing is compiled without --compile; on a GPU generate compiles around all static caches by itself.
+    """
+    given = {name: value for name, value in locals().items() if name not in ("benchmark", "output", "plot")}
+    from less_cache.bench.command import run
+
+    run(benchmark, BenchOptions.of(benchmark, **given), output, plot)

@@ -1,0 +1,35 @@
+"""Options that several commands share, and how they are read."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Name = Annotated[str, typer.Argument(metavar="NAME", help="Folder of kernels, or Hub id.")]
+Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of kernels.")]
+Revision = Annotated[str | None, typer.Option(metavar="REVISION", help="Branch, tag or commit of a repository.")]
+License = Annotated[str | None, typer.Option(metavar="ID", help="Licence of the base model, such as apache-2.0.")]
+
+
+def parse_budget(text: str) -> int | float:
+    """`"128"` is a number of tokens, `"0.05"` a fraction of the prompt. The policy checks the range."""
+    try:
+        return int(text)
+    except ValueError:
+        pass
+    try:
+        return float(text)
+    except ValueError:
+        raise typer.BadParameter(f"expected tokens such as 128, or a fraction such as 0.05, got {text!r}") from None
+
+
+def parse_memory(text: str) -> int:
+    """`"16GiB"` or `"512MiB"`."""
+    units = {"MiB": 2**20, "GiB": 2**30}
+    for unit, size in units.items():
+        if text.endswith(unit):
+            try:
+                return int(float(text.removesuffix(unit)) * size)
+            except ValueError:
+                break
+    raise typer.BadParameter(f"expected a size such as 16GiB or 512MiB, got {text!r}")
