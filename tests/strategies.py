@@ -43,14 +43,16 @@ class Case:
     blocks: list[int]
     real: torch.Tensor | None  # [b, T]
     states: tuple[torch.Tensor, ...]  # queries [b, h, T, d], keys and values [b, g, T, d]
+    shares: torch.Tensor | None = None  # [g]
 
     def __repr__(self) -> str:  # a failing example is read by people: shapes, not numbers
         shapes = [list(states.shape) for states in self.states]
         kernels = type(self.kernels).__name__
-        return f"Case({self.policy}, kernels={kernels}, blocks={self.blocks}, real={self.real}, shapes={shapes})"
+        heads = f"shapes={shapes}, shares={self.shares}"
+        return f"Case({self.policy}, kernels={kernels}, blocks={self.blocks}, real={self.real}, {heads})"
 
     def layer(self) -> LESSLayer:
-        return LESSLayer(self.policy, self.kernels, layer_idx=0)
+        return LESSLayer(self.policy, self.kernels, layer_idx=0, shares=self.shares)
 
     def real_tokens(self) -> torch.Tensor:
         b, _, length, _ = self.states[0].shape
@@ -65,8 +67,11 @@ def cases(
     padding: str = "none",
     kernels: bool | None = None,
     fractions: bool = False,
+    uneven: bool = False,
 ) -> Case:
-    """`padding`: "none", "left" (every row starts with its padding) or "anywhere"; row 0 has none."""
+    """`padding`: "none", "left" (every row starts with its padding) or "anywhere"; row 0 has none. `uneven`: KV heads have
+    budgets of their own.
+    """
     b = draw(st.integers(1 if padding == "none" else 2, 3))
     g = draw(st.integers(1, 2))
     h = g * draw(st.integers(1, 3))
@@ -89,4 +94,5 @@ def cases(
         blocks=lengths,
         real=real,
         states=tiny.random_states(b, h, g, length, d, seed=seed),
+        shares=torch.tensor(draw(st.lists(st.sampled_from([0.2, 1.0, 2.5]), min_size=g, max_size=g))) if uneven else None,
     )

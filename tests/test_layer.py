@@ -95,6 +95,50 @@ def test_layer_equals_the_reference(name, padding, data):
         assert_same_outputs(output, expected[:, :, block], real[:, block])
 
 
+def give_bias(layer: LESSLayer, bias: torch.Tensor) -> None:
+    """Give the kept tokens their biases, `[b, g, T]` by position."""
+    slots = layer.held.slots
+    positions = slots.columns().positions
+    by_slot = bias.gather(-1, positions.clamp_min(0).long()).masked_fill(positions < 0, 0)
+    slots.bias = by_slot if slots.starts is None else by_slot[torch.arange(positions.shape[-1]) < slots.sizes.unsqueeze(-1)]
+
+
+@pytest.mark.parametrize("padding", ["none", "left"])
+@pytest.mark.parametrize("name", POLICIES)
+@given(st.data())
+def test_heads_with_budgets_and_tokens_with_biases_equal_the_reference(name, padding, data):
+    """Of the first block every token gets a bias; the layer is made anew from its tensors in between."""
+    case = data.draw(cases(name, padding=padding, fractions=True, uneven=True))
+    case.real = None if padding == "none" else case.real
+    b, g, length, _ = case.states[1].shape
+    first = case.blocks[0]
+    bias = torch.zeros(b, g, length)
+    real = case.real_tokens()
+    if data.draw(st.booleans()):
+        bias[:, :, :first] = torch.linspace(-2, 2, b * g * first).view(b, g, first)
+        bias *= real.unsqueeze(1)
+    expected, kept = reference_attention(
+        *case.states, case.policy, case.blocks, case.kernels, case.real, shares=case.shares, bias=bias
+    )
+    layer, by_position = case.layer(), bias.clone()
+    for row in range(b):  # real tokens count from 0
+        by_position[row, :, : real[row].sum()] = bias[row, :, real[row]]
+    for (seen, block, output), kept_after in zip(feed_block_by_block(layer, case), kept, strict=True):
+        assert torch.equal(tiny.held_tokens(layer, real[:, :seen]), kept_after[..., :seen])
+        assert_same_outputs(output, expected[:, :, block], real[:, block])
+        if seen == first:
+            give_bias(layer, by_position)
+            again = case.layer()
+            again.load(layer.tensors(), layer.dtype, seen)
+            layer.held.slots = again.held.slots
+        layer.batch_select_indices(torch.arange(b))
+        layer.map(torch.clone)
+    if case.shares is not None and name != "corm":
+        slots = layer.held.slots
+        bound = [max(1, n) for n in slots.sizes.flatten().tolist()]
+        assert slots.positions.numel() <= 1.25 * sum(bound), "bytes follow the sum over heads"
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", POLICIES)
 @given(st.data())

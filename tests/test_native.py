@@ -14,12 +14,14 @@ from step_cases import ONE_ROUNDING, assert_agree, layer_memory, taken_by
 from test_ops import full_layer, step
 
 from less_cache import CORM, H2O, SinkRecent
-from less_cache.backends.cpu import bridge as native
+from less_cache.backends import cpu as native
+from less_cache.backends.cpu import build
+from less_cache.backends.cpu.layout import DTYPES
 from less_cache.cache.layer import LESSLayer
 from less_cache.ops import prompt
 from less_cache.ops.call import AttentionCall
 
-pytestmark = pytest.mark.skipif(native.compiler() is None, reason="there is no C++ compiler here")
+pytestmark = pytest.mark.skipif(build.compiler() is None, reason="there is no C++ compiler here")
 
 MEMORIES = (None, "low_rank", "soft_centroids", "untrained")
 POLICY, STEPS = H2O(2, 2), 6
@@ -34,9 +36,9 @@ def form():
 def built_anew(monkeypatch, tmp_path):
     """The user's cache folder, empty; the C++ step is looked for in it."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    native._compiled.cache_clear()
+    build.library.cache_clear()
     yield tmp_path / "less-cache"
-    native._compiled.cache_clear()
+    build.library.cache_clear()
 
 
 def outputs(policy=POLICY, memory=None, dtype=torch.float32, **attention) -> tuple[torch.Tensor, LESSLayer]:
@@ -61,7 +63,7 @@ def test_soft_caps_and_attention_sinks(policy, memory, attention):
     assert_agree(native, policy, memory, **attention)
 
 
-@pytest.mark.parametrize("dtype", native.DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("d", [64, 128])
 def test_head_dims_that_the_compiler_knows(d, dtype):
     assert_agree(native, H2O(14, 5), "soft_centroids", b=2, g=2, s=3, d=d, prompt=30, dtype=dtype)
@@ -105,7 +107,7 @@ def assert_read_alike(call: AttentionCall, start: int = 0, attends: bool = True)
     before, positions = torch.rand(b, g, n), torch.arange(n).expand(b, n)
     expected = prompt.read_prompt(POLICY, call, before.clone(), positions, start, attends)
     assert native.can_read(POLICY, call)
-    scores, output = native.read_prompt(call, before, start, attends)
+    scores, output = native.read_prompt(POLICY, call, before, positions, start, attends)
     torch.testing.assert_close(scores, expected[0], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(output, expected[1], **ONE_ROUNDING[call.value_states.dtype])
 
@@ -132,7 +134,8 @@ def test_a_prompt_in_threads_is_the_same_in_every_run(threads):
     torch.set_num_threads(threads)
     try:
         assert_read_alike(call)
-        first, again = (native.read_prompt(call, torch.zeros(1, 2, 150), 0, True) for _ in range(2))
+        positions = torch.arange(150).expand(1, 150)
+        first, again = (native.read_prompt(POLICY, call, torch.zeros(1, 2, 150), positions, 0, True) for _ in range(2))
     finally:
         torch.set_num_threads(before)
     assert all(map(torch.equal, first, again))
@@ -256,7 +259,7 @@ def test_built_once(built_anew, monkeypatch):
     expected = outputs_in_pytorch()
     torch.testing.assert_close(outputs()[0], expected)
     [library] = built_anew.iterdir()  # no temporary file is left
-    native._compiled.cache_clear()
+    build.library.cache_clear()
     monkeypatch.setattr(subprocess, "run", mock.Mock(side_effect=AssertionError))
     torch.testing.assert_close(outputs()[0], expected)
     assert [library] == list(built_anew.iterdir())
@@ -269,7 +272,7 @@ def test_a_broken_library_is_built_anew(built_anew, monkeypatch, tmp_path):
     broken.parent.mkdir(parents=True)
     broken.touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
-    native._compiled.cache_clear()
+    build.library.cache_clear()
     with warnings.catch_warnings(action="error"):
         outputs()
     assert broken.stat().st_size > 0

@@ -90,7 +90,7 @@ def test_recording_costs_nothing_between_a_crop_and_the_next_block():
 
 
 def test_recording_ends_where_nobody_crops(monkeypatch):
-    monkeypatch.setattr("less_cache.cache.layer.REACH", 6)
+    monkeypatch.setattr("less_cache.cache.recording.REACH", 6)
     layer = LESSLayer(STEP_POLICIES[0], None, 0)
     layer.activate_past_recording()
     tiny.feed(layer, *tiny.random_states(1, 2, 1, 13, 4), [8, 1, 1, 3])

@@ -200,11 +200,17 @@ class LESSCache(Cache):
         self._reach(layer_idx, "recurrence", state_idx)
         return super().update_recurrent_state(recurrent_states, layer_idx, state_idx, **kwargs)
 
+    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> torch.Tensor | None:
+        """Called by a model's linear attention, which changes in place what it gets."""
+        self._reach(layer_idx, "convolution in place", state_idx)
+        return super().get_conv_state(layer_idx, state_idx)
+
     def _reach(self, layer_idx: int, what: str, index: int = 0) -> None:
         """A layer of the model's own takes tokens in."""
         if torch.compiler.is_compiling():
             return
-        self._interrupted = self._interrupted or not self._forward.reach(layer_idx, what, index)
+        seen = next(int(layer.cumulative_length) for layer in reversed(self.layers) if isinstance(layer, LESSLayer))
+        self._interrupted = self._interrupted or not self._forward.reach(seen, layer_idx, what, index)
         if self._interrupted:
             self.check_whole()
 
@@ -243,10 +249,12 @@ class LESSCache(Cache):
 
         Possible for tokens that came since the last `crop`, after `activate_past_recording()`.
         """
+        self.check_whole()
         for layer in self.layers:
             if isinstance(layer, LESSLayer):
                 layer.check_crop(tokens_to_remove)
         super().crop(tokens_to_remove)
+        self._forward.reset()
 
     def fork(self) -> "LESSCache":
         """A cache that has seen the same and goes its own way: one prefix, many continuations.

@@ -15,14 +15,19 @@ class Forward:
     def reset(self) -> None:
         """No forward has come."""
         self.at: int | None = None
+        self.seen = 0  # tokens that the layers under LESS had seen when the forward began
         self.reached: set[tuple[int, str, int]] = set()
 
-    def reach(self, layer_idx: int, what: str, index: int = 0) -> bool:
-        """Say that a layer is reached; False where this begins a forward, and the one before never came to its end."""
-        begins = self.at is not None and (layer_idx < self.at or (layer_idx, what, index) in self.reached)
-        ended = not begins or self.at == self.last
+    def reach(self, seen: int, layer_idx: int, what: str, index: int = 0) -> bool:
+        """Say that a layer is reached; False where this begins a forward, and the one before never came to its end.
+
+        `seen`: tokens that the last layer under LESS has seen.
+        """
+        begins = self.at is None or layer_idx < self.at or (layer_idx, what, index) in self.reached
+        ended = not begins or self.at is None or (self.at == self.last and seen != self.seen)
         if begins:
             self.reached.clear()
+            self.seen = seen
         self.reached.add((layer_idx, what, index))
         self.at = layer_idx
         return ended

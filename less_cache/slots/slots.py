@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 
+from less_cache.errors import LESSError
 from less_cache.slots.formats import SlotFormat, stored_name
 
 SPARE_SLOTS = 64  # free slots of a head that may still grow
@@ -87,7 +88,13 @@ class Slots:
 
         def compact(tensor: torch.Tensor, fill: int) -> torch.Tensor:
             more = tensor.shape[3:]
-            buffer = tensor.new_full((b, g, longest, *more), fill)
+            try:
+                buffer = tensor.new_full((b, g, longest, *more), fill)
+            except RuntimeError as error:  # a processor's allocator has no error of its own
+                raise LESSError(
+                    f"No memory for {longest:,} slots in each of {b * g} KV heads. Use a smaller budget"
+                    f"{'' if room is not None else ', or static=False, where slots come with the text'}."
+                ) from error
             buffer[:, :, :held] = tensor.gather(2, order.view(b, g, held, *[1] * len(more)).expand(b, g, held, *more))
             return buffer if starts is None else buffer.flatten(0, 2)[_padded_index(sizes, starts)]
 

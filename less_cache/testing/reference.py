@@ -11,6 +11,7 @@ import torch
 from less_cache.memory.base import TrainedMemory
 from less_cache.ops.attention import group_heads
 from less_cache.policies import EvictionPolicy
+from less_cache.slots.rows import counts_by_head
 
 
 def reference_attention(
@@ -24,6 +25,8 @@ def reference_attention(
     scaling: float | None = None,
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
+    shares: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What a `LESSLayer` must give for tokens that were fed in `blocks`, in float64.
 
@@ -46,6 +49,8 @@ def reference_attention(
         scaling: Factor of q·k; None: 1/√d.
         softcap: Soft cap of the logits; None: none.
         sinks: Learned logits without a value, `[h]`, that share the denominator (gpt-oss).
+        shares: How much of the policy's budget each KV head gets, `[g]`; None: the same for all.
+        bias: Added to the logit of a token once its block is over, `[b, g, T]`; None: 0.
 
     Returns:
         Outputs `[b, h, T, d]`, and the tokens kept after each block, bool `[len(blocks), b, g, T]`. The evicted ones are
@@ -84,7 +89,8 @@ def reference_attention(
     held = torch.zeros(b, g, T, dtype=torch.bool)
     scores = policy.arrival(positions)
     outputs, kept = [], []
-    counts, settled = policy.resolve(torch.zeros(b, dtype=torch.long)), torch.zeros(b, dtype=torch.bool)
+    settled = torch.zeros(b, dtype=torch.bool)
+    counts = policy.resolve(torch.zeros(b, dtype=torch.long), shares)  # [b, f] or [b, g, f]
     start = 0
     for n in blocks:
         rows = slice(start, start + n)
@@ -94,6 +100,8 @@ def reference_attention(
         evicted = (token < start) & real.unsqueeze(1) & ~held  # [b, g, T]
 
         sparse = exponentials[:, :, :, rows] * sees.unsqueeze(2)  # [b, g, s, n, T]
+        if bias is not None:
+            sparse = sparse * (bias.double() * held).exp()[:, :, None, None]
         weights = sparse
         if kernels is not None:
             ages = (row_positions[:, rows, None] - row_positions[:, None])[:, None, :, :, None]  # [b, 1, n, T, 1]
@@ -112,9 +120,9 @@ def reference_attention(
 
         seen = real[:, : start + n].sum(-1)  # [b]
         settled |= (real[:, rows].sum(-1) == 1) & real[:, :start].any(-1)  # a token alone ends the row's prompt
-        counts = torch.where(settled.unsqueeze(-1), counts, policy.resolve(seen))  # [b, f]
+        counts = torch.where(settled.view(b, *[1] * (counts.dim() - 1)), counts, policy.resolve(seen, shares))
         present = held | ((token >= start) & (token < start + n) & real.unsqueeze(1))
-        held = policy.keep(scores, positions.masked_fill(~present, -1), seen.view(b, 1, 1), counts.T[:, :, None, None])
+        held = policy.keep(scores, positions.masked_fill(~present, -1), seen.view(b, 1, 1), counts_by_head(counts))
         kept.append(held)
         start += n
     assert start == T, f"blocks sum to {start}, there are {T} tokens"
