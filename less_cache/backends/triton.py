@@ -120,8 +120,9 @@ def step(setup: Setup, held: Held, call: AttentionCall) -> torch.Tensor | None:
     arrived = 1 if real is None else real.squeeze(-1)
     rows.seen += arrived
     if held.state is not None:
-        weights = setup.memory.pair_weights(key, left >= 0, left, rows.seen.view(-1, 1, 1))  # [b, g, 1, r]
-        fold_in(held.state, weights, setup.memory.remembered(key, value), setup.memory.share_left(arrived))
+        memory: Any = setup.memory  # a trained one: `can_step` has looked
+        weights = memory.pair_weights(key, left >= 0, left, rows.seen.view(-1, 1, 1))  # [b, g, 1, r]
+        fold_in(held.state, weights, memory.remembered(key, value), memory.share_left(arrived))
     return output
 
 

@@ -5,7 +5,7 @@ Axes: `b` rows, `h` query heads, `g` KV heads, `n` new tokens, `d` head dim.
 
 import contextlib
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -92,12 +92,12 @@ class LESSLayer(CacheLayerMixin):
         return self._held is None or self._held.slots is None
 
     @property
-    def keys(self) -> torch.Tensor | None:
+    def keys(self) -> torch.Tensor | None:  # type: ignore[override]
         """Kept keys, `[b, g, c, d]`; heads that keep fewer end with empty slots."""
         return None if self.is_empty else self._held.slots.keys
 
     @property
-    def values(self) -> torch.Tensor | None:
+    def values(self) -> torch.Tensor | None:  # type: ignore[override]
         """Kept values, as `keys`."""
         return None if self.is_empty else self._held.slots.values
 
@@ -266,7 +266,7 @@ class LESSLayer(CacheLayerMixin):
     def _accept(
         self,
         module: torch.nn.Module,
-        states: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        states: Sequence[torch.Tensor],
         attention_mask: torch.Tensor | None,
         dropout: float,
         scaling: float | None,
@@ -283,7 +283,7 @@ class LESSLayer(CacheLayerMixin):
         rows, n, position_ids = self._held.rows, states[0].shape[2], kwargs.get("position_ids")
         again = 0
         if self.record_past and (again := guards.seen_again(self.layer_idx, rows, position_ids, n, self.cumulative_length)):
-            states = tuple(each[:, :, again:] for each in states)
+            states = [each[:, :, again:] for each in states]
             position_ids, attention_mask, n = position_ids[:, again:], None, n - again
         real = guards.real_tokens(self.layer_idx, attention_mask, len(rows.seen), n)
         if self.checks(n) and not self.is_empty:

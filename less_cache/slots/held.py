@@ -75,7 +75,8 @@ class Held:
         slots = Slots.from_tensors(tensors, setup.format, dtype, len(rows.seen), capacity)
         if slots.room is not None and not setup.grows:
             slots = slots.refit(capacity, None)
-        empty = cls.empty(setup, *slots.sizes.shape, 1, rows.seen.device)  # of the right type: its tensors come from the file
+        b, g = slots.sizes.shape
+        empty = cls.empty(setup, b, g, 1, rows.seen.device)  # of the right type: its tensors come from the file
         return cls(rows, slots, _map_state(empty.state, lambda name, _: tensors[name]))
 
 
