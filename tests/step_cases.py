@@ -51,16 +51,20 @@ def assert_agree(
     steps: int = 6,
     real: torch.Tensor | None = None,
     real_steps: bool = False,
+    shares: torch.Tensor | None = None,
+    bias: bool = False,
     **attention,
 ) -> LESSLayer:
     """The same tokens to two layers, of which one takes every step in the fused form; that one.
 
-    `real` `[b, prompt + steps]`: which tokens are not padding; in the prompt alone, without `real_steps`.
+    `real` `[b, prompt + steps]`: which tokens are not padding; in the prompt alone, without `real_steps`. `shares` `[g]`: of the
+    policy's budget, by KV head. `bias`: every slot, empty ones too, gets a bias after the prompt.
     """
     states = states or tiny.random_states(b, s * g, g, prompt + steps, d)
     states = tuple(each.to(dtype) for each in states)
     kernels = layer_memory(memory, s * g, g, d)
-    plain, layer = (LESSLayer(policy, kernels, layer_idx=1, leads=False) for _ in range(2))
+    uneven = {} if shares is None else {"shares": shares}
+    plain, layer = (LESSLayer(policy, kernels, layer_idx=1, leads=False, **uneven) for _ in range(2))
     start = 0
     for n in [prompt] + [1] * steps:
         block = [each[:, :, start : start + n] for each in states]
@@ -69,7 +73,11 @@ def assert_agree(
             expected = tiny.feed(plain, *block, [n], mask, **attention)
         with taken_by(form), mock.patch.object(form, "step", wraps=form.step) as fused_step:
             output = tiny.feed(layer, *block, [n], mask, **attention)
-        assert fused_step.call_count == (n == 1)
+        assert fused_step.call_count == (n == 1 and start > 0)
+        if bias and start == 0:
+            for each in (plain, layer):
+                where = each.held.slots.positions.shape
+                each.held.slots.bias = torch.randn(where, generator=torch.Generator().manual_seed(1))
         start += n
         if n == 1:
             torch.testing.assert_close(output, expected, **ONE_ROUNDING[dtype])

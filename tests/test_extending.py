@@ -13,7 +13,7 @@ import pytest
 import torch
 from tiny import VOCAB, tiny_kernels, tiny_llama
 
-from less_cache import POLICIES, H2O, EvictionPolicy, LESSCache, LESSConfig, LESSKernels
+from less_cache import H2O, POLICIES, EvictionPolicy, LESSCache, LESSConfig, LESSKernels
 from less_cache.backends import select
 from less_cache.backends import torch as in_pytorch
 from less_cache.cache.layer import LESSLayer

@@ -1,16 +1,24 @@
 """The step in C++: that it computes what PyTorch does, when it is taken, and what happens where it cannot be built."""
 
+import ctypes
 import dataclasses
+import hashlib
+import itertools
+import os
+import platform
+import re
 import shutil
+import stat
 import subprocess
 import warnings
+from pathlib import Path
 from unittest import mock
 
 import pytest
 import tiny
 import torch
 from step_cases import *  # noqa: F403
-from step_cases import ONE_ROUNDING, assert_agree, layer_memory, taken_by
+from step_cases import ONE_ROUNDING, assert_agree, layer_memory, padded, taken_by
 from test_ops import full_layer, step
 
 from less_cache import CORM, H2O, SinkRecent
@@ -18,8 +26,10 @@ from less_cache.backends import cpu as native
 from less_cache.backends.cpu import build
 from less_cache.backends.cpu.layout import DTYPES
 from less_cache.cache.layer import LESSLayer
+from less_cache.memory import LayerCentroids
 from less_cache.ops import prompt
 from less_cache.ops.call import AttentionCall
+from less_cache.slots.formats import FORMATS, FloatSlots
 
 pytestmark = pytest.mark.skipif(build.compiler() is None, reason="there is no C++ compiler here")
 
@@ -34,16 +44,17 @@ def form():
 
 @pytest.fixture
 def built_anew(monkeypatch, tmp_path):
-    """The user's cache folder, empty; the C++ step is looked for in it."""
+    """The user's cache folder, empty; the C++ step is looked for in it, and built in less time than it usually takes."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(build, "FLAGS", ["-O1" if flag == "-O3" else flag for flag in build.FLAGS])
     build.library.cache_clear()
     yield tmp_path / "less-cache"
     build.library.cache_clear()
 
 
-def outputs(policy=POLICY, memory=None, dtype=torch.float32, **attention) -> tuple[torch.Tensor, LESSLayer]:
+def outputs(policy=POLICY, memory=None, dtype=torch.float32, slots="float", **attention) -> tuple[torch.Tensor, LESSLayer]:
     """What a small layer gives for a prompt of five tokens and some steps, and the layer."""
-    layer = LESSLayer(policy, memory, layer_idx=1, leads=False)
+    layer = LESSLayer(policy, memory, layer_idx=1, leads=False, slots=slots)
     states = (each.to(dtype) for each in tiny.random_states(1, 2, 1, 5 + STEPS, 8))
     return tiny.feed(layer, *states, [5] + [1] * STEPS, **attention), layer
 
@@ -73,7 +84,7 @@ def test_head_dims_that_the_compiler_knows(d, dtype):
 @pytest.mark.parametrize("real_steps", [False, True])
 def test_untrained_centroids(policy, real_steps):
     """Empty ones first, then the nearest; rows of different lengths."""
-    real = padded([9, 14, 20], 20) if real_steps else None  # noqa: F405
+    real = padded([9, 14, 20], 20) if real_steps else None
     assert_agree(native, policy, "untrained", b=3, g=2, d=12, prompt=8, steps=12, real=real, real_steps=real_steps)
 
 
@@ -92,6 +103,151 @@ def test_large_logits():
     query_states, key_states, value_states = tiny.random_states(1, 2, 1, 9, 8)
     for memory in MEMORIES:
         assert_agree(native, H2O(3, 2), memory, (query_states * 100, key_states, value_states))
+
+
+# CORM
+
+
+CORM_MEMORIES = MEMORIES[:3]  # PyTorch clusters what leaves in one step
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("memory", CORM_MEMORIES)
+def test_corm(memory, dtype):
+    """Slots come with the text."""
+    layer = assert_agree(native, CORM(4, 3), memory, b=2, g=2, d=12, prompt=30, steps=90, dtype=dtype)
+    assert ((layer.held.slots.positions >= 0).sum(-1) < 100).all()
+
+
+@pytest.mark.parametrize("memory", CORM_MEMORIES)
+def test_corm_in_rows_of_different_lengths(memory):
+    real = padded([1, 18, 25], 25)  # the first row begins with the last step
+    real[1, 20] = False
+    layer = assert_agree(native, CORM(3, 2), memory, b=3, g=2, prompt=10, steps=15, real=real, real_steps=True)
+    assert layer.held.rows.seen.tolist() == [1, 17, 25]
+
+
+def test_corm_with_few_weights_above_the_mean():
+    """Each query looks at its own token alone: others leave as soon as they may."""
+    length = 20
+    key_states = torch.arange(length).view(1, 1, length, 1).expand(1, 1, length, 8).float()
+    states = torch.full((1, 2, length, 8), 50.0), key_states, torch.randn(1, 1, length, 8)
+    layer = assert_agree(native, CORM(4, 2), "low_rank", states, prompt=10, steps=10)
+    assert tiny.held_positions(layer) == [[[16, 17, 18, 19]]]
+
+
+@pytest.mark.parametrize("memory", CORM_MEMORIES)
+def test_several_tokens_leave_at_once(memory):
+    """The first queries look at all tokens so far, as the mean does or more; the last at their own alone."""
+    query_states, key_states, value_states = tiny.random_states(1, 2, 1, 20, 8)
+    query_states[:, :, :12] *= 1e-3
+    query_states[:, :, 12:] = 50 * key_states[:, :, 12:]
+    states, held = (query_states, key_states, value_states), []
+    take = native.step
+
+    def counting(setup, of_layer, call):
+        output = take(setup, of_layer, call)
+        held.append(int((of_layer.slots.positions >= 0).sum()))
+        return output
+
+    with mock.patch.object(native, "step", counting):
+        assert_agree(native, CORM(3, 2), memory, states, prompt=12, steps=8)
+    assert min(after - before for before, after in itertools.pairwise(held)) < -1  # one has come, and at least three left
+
+
+# Heads of different sizes
+
+EVEN_LESS, UNEVEN = torch.tensor([0.8, 1.2]), torch.tensor([0.25, 1.75])
+UNEVEN_CASES = {  # a policy, and a prompt that is long enough for different sizes
+    "h2o": (H2O(8, 8), 40),
+    "sink_recent": (SinkRecent(2, 14), 40),
+    "corm": (CORM(6, 100), 230),
+}
+with_memories = [(policy, memory) for policy in UNEVEN_CASES for memory in MEMORIES if (policy, memory) != ("corm", "untrained")]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("policy, memory", with_memories)
+def test_heads_of_different_sizes(policy, memory, dtype):
+    policy, prompt = UNEVEN_CASES[policy]
+    attention = {} if dtype == torch.float32 else {"softcap": 30.0}  # without, PyTorch may round more than the output
+    layer = assert_agree(native, policy, memory, b=2, g=2, prompt=prompt, steps=20, shares=UNEVEN, dtype=dtype, **attention)
+    assert layer.held.slots.starts is not None
+    assert layer.held.rows.counts.shape == (2, 2, 2)
+
+
+@pytest.mark.parametrize("policy, memory", with_memories)
+def test_heads_of_different_sizes_in_rows_of_different_lengths(policy, memory):
+    policy, prompt = UNEVEN_CASES[policy]
+    real = padded([12, prompt, prompt + 12], prompt + 12)
+    real[1, -2] = False
+    states = {"b": 3, "g": 2, "prompt": prompt, "steps": 12, "real": real, "real_steps": True}
+    layer = assert_agree(native, policy, memory, shares=UNEVEN, **states)
+    assert layer.held.slots.starts is not None
+    assert layer.held.rows.seen.tolist() == [12, prompt - 1, prompt + 12]
+
+
+@pytest.mark.parametrize("d", [64, 128])
+def test_heads_of_different_sizes_and_dims_that_the_compiler_knows(d):
+    layer = assert_agree(native, H2O(8, 8), "soft_centroids", g=2, s=3, d=d, prompt=40, shares=UNEVEN)
+    assert layer.held.slots.starts is not None
+
+
+@pytest.mark.parametrize("policy", [H2O(0.5, 0.25), SinkRecent(1, 0.5), CORM(0.1, 0.4)], ids=["h2o", "sink_recent", "corm"])
+@pytest.mark.parametrize("shares", [None, UNEVEN], ids=["rows", "rows and heads"])
+def test_budgets_that_are_fractions(policy, shares):
+    """Rows differ, and heads where they have shares."""
+    real = padded([30, 150, 330], 330)
+    layer = assert_agree(native, policy, "low_rank", b=3, g=2, prompt=318, steps=12, real=real, shares=shares)
+    assert layer.held.slots.starts is not None
+    assert layer.held.rows.counts.shape == ((3, 2) if shares is None else (3, 2, 2))
+
+
+@pytest.mark.parametrize("policy", [H2O(8, 8), SinkRecent(2, 14), CORM(6, 100)], ids=["h2o", "sink_recent", "corm"])
+def test_counts_by_head_in_heads_of_one_size(policy):
+    layer = assert_agree(native, policy, "soft_centroids", b=2, g=2, prompt=40, steps=20, shares=EVEN_LESS)
+    assert layer.held.slots.starts is None
+    assert layer.held.rows.counts.shape == (2, 2, 2)
+
+
+@pytest.mark.parametrize("threads", [1, 3, 6])
+def test_heads_of_very_different_sizes_in_threads(threads):
+    """One head takes several threads, several heads take one."""
+    shares, before = torch.tensor([0.02, 0.1, 6.8, 0.5, 0.02, 0.04, 0.5, 0.02]), torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        layer = assert_agree(native, H2O(60, 40), "soft_centroids", b=2, g=8, d=16, prompt=800, steps=20, shares=shares)
+    finally:
+        torch.set_num_threads(before)
+    assert layer.held.slots.sizes[0].tolist() == [3, 11, 681, 51, 3, 5, 51, 3]
+
+
+# A bias a slot
+
+
+def assert_some_biased(layer: LESSLayer) -> None:
+    """Kept tokens of the prompt have a bias; those that came later have none."""
+    slots = layer.held.slots.columns()
+    later = slots.positions >= layer.held.rows.seen.view(-1, 1, 1) - 5
+    assert (slots.bias[(slots.positions >= 0) & ~later] != 0).any()
+    assert (slots.bias[(slots.positions >= 0) & later] == 0).all()
+
+
+@pytest.mark.parametrize("policy", [H2O(9, 6), SinkRecent(9, 6), CORM(9, 6)], ids=["h2o", "sink_recent", "corm"])
+@pytest.mark.parametrize("memory", MEMORIES[:3])
+def test_bias(policy, memory):
+    layer = assert_agree(native, policy, memory, b=2, g=2, prompt=20, steps=5, bias=True)
+    assert layer.held.slots.starts is None
+    assert_some_biased(layer)
+
+
+@pytest.mark.parametrize("policy, memory", with_memories)
+def test_bias_softcap_and_sinks_in_heads_of_different_sizes(policy, memory):
+    policy, prompt = UNEVEN_CASES[policy]
+    attention = {"softcap": 5.0, "s_aux": torch.tensor([1.0, -2.0, 0.5, 3.0])}
+    layer = assert_agree(native, policy, memory, b=2, g=2, prompt=prompt, steps=5, shares=UNEVEN, bias=True, **attention)
+    assert layer.held.slots.starts is not None
+    assert_some_biased(layer)
 
 
 # What it reads of a prompt
@@ -174,15 +330,38 @@ def test_a_layer_reads_its_prompt_so(dtype):
 
 
 @pytest.mark.parametrize("memory", MEMORIES)
-@pytest.mark.parametrize("policy", [H2O(2, 2), SinkRecent(1, 3)])
+@pytest.mark.parametrize("policy", [H2O(2, 2), SinkRecent(1, 3), CORM(3, 2)])
 def test_what_it_takes(policy, memory):
     with mock.patch.object(native, "step", wraps=native.step) as native_step:
         outputs(policy, layer_memory(memory, 2, 1, 8))
-    assert native_step.call_count == STEPS
+    assert native_step.call_count == (0 if isinstance(policy, CORM) and memory == "untrained" else STEPS)
 
 
-@pytest.mark.parametrize("refused", [{"policy": CORM(3, 2)}, {"dtype": torch.float16}], ids=lambda refused: next(iter(refused)))
-def test_what_it_refuses(refused):
+@dataclasses.dataclass(frozen=True)
+class OtherH2O(H2O):
+    """What its methods would do, C++ does not know."""
+
+
+class OtherCentroids(LayerCentroids):
+    pass
+
+
+class OtherSlots(FloatSlots):
+    pass
+
+
+REFUSED = [
+    {"dtype": torch.float16},
+    {"policy": OtherH2O(2, 2)},
+    {"policy": CORM(3, 2), "memory": LayerCentroids(2)},
+    {"memory": OtherCentroids(2)},
+    {"slots": "other"},
+]
+
+
+@pytest.mark.parametrize("refused", REFUSED, ids=lambda refused: " and ".join(refused))
+def test_what_it_refuses(refused, monkeypatch):
+    monkeypatch.setitem(FORMATS, "other", OtherSlots)
     with mock.patch.object(native, "step", side_effect=AssertionError):
         outputs(**refused)
 
@@ -212,23 +391,90 @@ def test_kernels_of_other_heads_are_left_to_pytorch():
         outputs(memory=tiny.layer_kernels(3, 1, 8))
 
 
-@pytest.mark.parametrize(
-    "name, change",
-    [
-        ("positions", torch.Tensor.long),
-        ("positions", lambda rows: rows[..., :2].contiguous()),
-        ("keys", lambda rows: rows[..., :2, :].contiguous()),
-        ("scores", torch.Tensor.double),
-        ("counts", lambda rows: rows[:, :1].contiguous()),
-        ("features_sum", lambda rows: rows[..., :1].contiguous()),
-    ],
-)
-def test_a_layer_with_odd_tensors_is_left_to_pytorch(name, change):
-    """As from a damaged file: C++ would read and write beyond them."""
+def ragged_layer(memory: str | None) -> LESSLayer:
+    """Two rows of two heads of different sizes, with a bias a slot."""
+    layer = LESSLayer(H2O(8, 8), layer_memory(memory, 4, 2, 8), layer_idx=1, leads=False, shares=UNEVEN)
+    tiny.feed(layer, *tiny.random_states(2, 4, 2, 40, 8), [40])
+    layer.held.slots.bias = torch.zeros_like(layer.held.slots.scores)
+    return layer
+
+
+def call_of_a_step(**changed) -> AttentionCall:
+    """Of a `ragged_layer`."""
+    states = tiny.random_states(2, 4, 2, 1, 8)
+    call = AttentionCall(*states, None, torch.ones(2, 1, dtype=torch.bool), 1.0, None, torch.zeros(4))
+    return dataclasses.replace(call, **changed)
+
+
+ODD = {  # as from a damaged file: C++ would read and write beyond them, or something else than is meant
+    "meta": lambda tensor: tensor.to("meta"),
+    "type": lambda tensor: tensor.to(torch.int16 if tensor.dtype.is_floating_point else torch.float64),
+    "few": lambda tensor: tensor[..., :1].contiguous(),
+    "first": lambda tensor: tensor[:1].contiguous(),
+    "more dims": lambda tensor: tensor.unsqueeze(0),
+    "gaps": lambda tensor: torch.stack([tensor, tensor], dim=-1)[..., 0],
+}
+with_odd = pytest.mark.parametrize("odd", ODD.values(), ids=ODD)
+
+
+@pytest.mark.parametrize("memory", MEMORIES)
+@with_odd
+def test_a_layer_with_odd_tensors_is_left_to_pytorch(memory, odd):
+    layer, call = ragged_layer(memory), call_of_a_step()
+    assert native.can_step(layer.setup, layer.held, call)
+    names = set(layer.tensors())
+    assert names >= {"keys", "values", "positions", "scores", "bias", "starts", "seen", "settled", "counts"}
+    for changed in names:
+        held = layer.held.map(lambda name, tensor, changed=changed: odd(tensor) if name == changed else tensor)
+        assert not native.can_step(layer.setup, held, call), changed
+
+
+@pytest.mark.parametrize("change", ["positions", "keys", "counts"])
+def test_a_layer_of_equal_heads_with_odd_tensors_is_left_to_pytorch(change):
     _, layer = outputs(memory=tiny.layer_kernels(2, 1, 8))
-    layer.set_tensors({**layer.tensors(), name: change(layer.tensors()[name])})
     call = AttentionCall(*tiny.random_states(1, 2, 1, 1, 8), None, None, 1.0, None, None)
-    assert not native.can(layer, call)
+    assert native.can_step(layer.setup, layer.held, call)
+    held = layer.held.map(lambda name, tensor: tensor.flatten(0, 1) if name == change else tensor)
+    assert not native.can_step(layer.setup, held, call)
+
+
+@pytest.mark.parametrize("memory", ["low_rank", "soft_centroids"])
+@with_odd
+def test_odd_weights_are_left_to_pytorch(memory, odd):
+    layer, call = ragged_layer(memory), call_of_a_step()
+    kernels = layer.setup.memory
+    for name, weight in dict(kernels.named_parameters()).items():
+        kernels.register_parameter(name, torch.nn.Parameter(odd(weight), requires_grad=False))
+        assert not native.can_step(layer.setup, layer.held, call), name
+        kernels.register_parameter(name, weight)
+    kernels.register_parameter("another", torch.nn.Parameter(torch.zeros(1)))
+    assert not native.can_step(layer.setup, layer.held, call)
+
+
+@pytest.mark.parametrize("name", ["query_states", "key_states", "value_states", "real", "sinks"])
+@pytest.mark.parametrize("odd", ["meta", "type", "few", "first", "more dims"])
+def test_odd_calls_are_left_to_pytorch(name, odd):
+    """Gaps are none: those tensors are copied. Sinks may be of any type, and one for all heads is not enough."""
+    layer, call = ragged_layer(None), call_of_a_step()
+    if (name, odd) in [("sinks", "type"), ("real", "few")]:
+        return
+    if odd == "more dims" and name.endswith("states"):
+        odd = "few"
+    assert not native.can_step(layer.setup, layer.held, dataclasses.replace(call, **{name: ODD[odd](getattr(call, name))}))
+
+
+@pytest.mark.parametrize(
+    "starts", [[1, 5, 34, 39, 68], [0, 5, 34, 39, 69], [0, 5, 34, 39, 67], [0, 5, 5, 39, 68], [0, 40, 34, 39, 68]]
+)
+def test_heads_that_do_not_lie_one_after_the_other(starts):
+    """As from a damaged file: nothing is done."""
+    layer, call = ragged_layer("soft_centroids"), call_of_a_step()
+    assert layer.held.slots.starts.tolist() == [0, 5, 34, 39, 68]
+    layer.held.slots.starts[:] = torch.tensor(starts)
+    before = layer.fork().tensors()
+    assert native.can_step(layer.setup, layer.held, call)
+    assert native.step(layer.setup, layer.held, call) is None
+    assert all(torch.equal(rows, before[name]) for name, rows in layer.tensors().items())
 
 
 def test_torch_compile_never_asks_for_it():
@@ -265,17 +511,162 @@ def test_built_once(built_anew, monkeypatch):
     assert [library] == list(built_anew.iterdir())
 
 
-def test_a_broken_library_is_built_anew(built_anew, monkeypatch, tmp_path):
+@pytest.fixture
+def loaded(monkeypatch) -> list[Path]:
+    """The files that are loaded, and that each has the checksum in its name when it is."""
+    files, load = [], ctypes.CDLL
+
+    def checking(name):
+        files.append(Path(name))
+        assert Path(name).stem.endswith(hashlib.sha256(Path(name).read_bytes()).hexdigest())
+        return load(name)
+
+    monkeypatch.setattr(ctypes, "CDLL", checking)
+    return files
+
+
+@pytest.mark.parametrize("broken", [lambda content: b"", lambda content: content[:-1], lambda content: content[:-1] + b"x"])
+def test_a_broken_library_is_built_anew(built_anew, loaded, broken):
     outputs()
     [library] = built_anew.iterdir()
-    broken = tmp_path / "other" / "less-cache" / library.name
-    broken.parent.mkdir(parents=True)
-    broken.touch()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
+    content = library.read_bytes()
+    library.write_bytes(broken(content))
     build.library.cache_clear()
     with warnings.catch_warnings(action="error"):
         outputs()
-    assert broken.stat().st_size > 0
+    assert loaded == [library, library]
+    assert library.read_bytes() == content
+
+
+def test_a_library_of_another_name_is_not_loaded(built_anew, loaded):
+    outputs()
+    [library] = built_anew.iterdir()
+    other = library.with_name(library.name[:-10] + "0123456.so")
+    library.rename(other)
+    build.library.cache_clear()
+    outputs()
+    assert loaded == [library, library]
+
+
+def test_a_library_that_does_not_load_is_built_anew(built_anew, monkeypatch, tmp_path):
+    """As where what it links to is gone."""
+    outputs()
+    [library] = built_anew.iterdir()
+    start = library.name.rpartition("-")[0]
+    library.unlink()
+    other = built_anew / build._name(start, b"no library")
+    other.write_bytes(b"no library")
+    build.library.cache_clear()
+    with warnings.catch_warnings(action="error"):
+        outputs()
+    assert {library, other} == set(built_anew.iterdir())
+
+
+def test_what_is_built_is_on_the_disk_before_it_has_its_name(built_anew, monkeypatch):
+    sync, at_that_time = os.fsync, []
+
+    def syncing(descriptor):
+        at_that_time.append([path for path in built_anew.iterdir() if path.is_file()])
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", syncing)
+    outputs()
+    assert at_that_time == [[]]
+    assert len(list(built_anew.iterdir())) == 1
+
+
+def test_the_folder_is_for_this_user_alone(built_anew):
+    mask = os.umask(0)
+    try:
+        assert build.own_folder() == built_anew
+    finally:
+        os.umask(mask)
+    assert stat.S_IMODE(built_anew.stat().st_mode) == 0o700
+
+
+@pytest.mark.parametrize("mode", [0o770, 0o702])
+def test_a_folder_that_others_may_write_to_is_refused(built_anew, mode):
+    outputs()
+    built_anew.chmod(mode)
+    build.library.cache_clear()
+    with pytest.warns(RuntimeWarning, match=r"others may write into .*less-cache; remove it, or chmod 700.*PyTorch takes its place"):
+        assert torch.equal(outputs()[0], outputs_in_pytorch())
+    built_anew.chmod(0o755)
+    build.library.cache_clear()
+    with warnings.catch_warnings(action="error"):
+        outputs()
+
+
+def test_a_folder_of_another_user_is_refused(built_anew, monkeypatch):
+    built_anew.mkdir(mode=0o700)
+    user = os.geteuid()
+    monkeypatch.setattr(os, "geteuid", lambda: user + 1)
+    with pytest.warns(RuntimeWarning, match=r"less-cache belongs to another user.*PyTorch takes its place"):
+        assert torch.equal(outputs()[0], outputs_in_pytorch())
+    assert not list(built_anew.iterdir())
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root gives a link away")
+def test_a_link_of_another_user_is_refused(built_anew, tmp_path):
+    (tmp_path / "own").mkdir(mode=0o700)
+    built_anew.symlink_to(tmp_path / "own")
+    assert build.own_folder() == built_anew
+    os.lchown(built_anew, 12345, -1)
+    with pytest.raises(RuntimeError, match="belongs to another user"):
+        build.own_folder()
+
+
+@pytest.mark.parametrize("given", ["here", "./here", ""])
+def test_a_relative_cache_folder_is_ignored(monkeypatch, tmp_path, given):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("XDG_CACHE_HOME", given)
+    assert build.own_folder() == tmp_path / "home" / ".cache" / "less-cache"
+    assert [path.name for path in tmp_path.iterdir()] == ["home"]
+
+
+def digest() -> str:
+    return build.digest(build.command(build.compiler()))
+
+
+@pytest.mark.parametrize("change", ["CXX", "FLAGS", "DEFINITIONS", "COMPILED", "INCLUDED", "machine", "capability", "CPU_INFO"])
+def test_what_is_built_again_for_another(change, monkeypatch, tmp_path):
+    """Compiler, flags, constant, source, machine, instructions, processor."""
+    before = digest()
+    assert before == digest()
+    other = tmp_path / "other"
+    other.write_text("model name : another\n")
+    changed = {
+        "FLAGS": [*build.FLAGS, "-g"],
+        "DEFINITIONS": {**build.DEFINITIONS, "SPREAD": 0.5},
+        "COMPILED": [*build.COMPILED[:-1], other],
+        "INCLUDED": [*build.INCLUDED[:-1], other],
+        "CPU_INFO": other,
+    }
+    if change == "CXX":
+        monkeypatch.setenv("CXX", "another-compiler")
+    elif change == "machine":
+        monkeypatch.setattr(platform, "machine", lambda: "another")
+    elif change == "capability":
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "another")
+    else:
+        monkeypatch.setattr(build, change, changed[change])
+    assert digest() != before
+
+
+def test_every_source_is_said():
+    """What a wheel holds is what is compiled."""
+    files = {path for path in build.HERE.iterdir() if path.suffix in (".cpp", ".h")}
+    assert files == {*build.COMPILED, *build.INCLUDED}
+
+
+def test_python_says_the_constants():
+    """No source has a number of its own for what Python defines."""
+    sources = "".join(path.read_text("utf-8") for path in (*build.COMPILED, *build.INCLUDED))
+    for name in build.DEFINITIONS:
+        assert not re.search(rf"(#define\s+{name}\b|\b{name}\s*=[^=])", sources), name
+    command = build.command("c++")
+    assert {"-DMOST_WEIGHT=20.0f", "-DPOLICY_CORM=2", "-DRMS_EPS=1e-06f", "-DMOST_QUERY_HEADS=24"} <= set(command)
 
 
 @pytest.mark.parametrize("compiler, reason", [("g++ 'a", "No closing quotation"), ("no-such-compiler", "No such file")])
@@ -297,9 +688,11 @@ def test_a_compiler_that_fails_warns_once(built_anew, monkeypatch, tmp_path):
     compiler.write_text("#!/bin/sh\necho 'no such\noption' >&2\nexit 1\n")
     compiler.chmod(0o755)
     monkeypatch.setenv("CXX", str(compiler))
+    run = mock.Mock(wraps=subprocess.run)
+    monkeypatch.setattr(subprocess, "run", run)
     with pytest.warns(RuntimeWarning, match=r"could not be built \(no such option\)\. PyTorch takes its place") as warned:
         assert torch.equal(outputs()[0], outputs_in_pytorch())
-    assert len(warned) == 1
+    assert len(warned) == run.call_count == 1
     assert not list(built_anew.iterdir())
 
 

@@ -9,8 +9,6 @@ from hypothesis import given
 from strategies import SEEDS
 
 from less_cache import LESSConfig, LESSError, LESSKernels
-from less_cache.kernels.config import MEMORY_NAMES
-from less_cache.memory import MEMORIES
 from less_cache.memory.soft_centroids import HEAVIEST, LIGHT, LayerSoftCentroids
 
 H, G, D, M, RANK = 2, 1, 4, 3, 6
@@ -142,7 +140,3 @@ def test_saved_and_loaded(tmp_path):
 def test_wrong_configs(entries, message):
     with pytest.raises(LESSError, match=message):
         LESSConfig(2, H, G, D, **{"memory": "soft_centroids"} | entries)
-
-
-def test_every_memory_has_its_name():
-    assert tuple(MEMORIES) == MEMORY_NAMES

@@ -6,6 +6,7 @@ import sys
 import warnings
 import weakref
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel, StaticCache
@@ -89,7 +90,7 @@ class LESSCache(Cache):
         check_supported(config, loaded_model)
 
         own = StaticCache(config=config, max_cache_len=sys.maxsize) if static else DynamicCache(config=config)
-        layers = list(own.layers)
+        layers: list[Any] = list(own.layers)
         full_attention = full_attention_layers(config)
         warn_untested(config.model_type)
         if kernels is not None:
@@ -112,6 +113,7 @@ class LESSCache(Cache):
         self.config = config
         self._may_warn = True  # once about positions that the model was not trained for
         self._model = None if loaded_model is None else weakref.ref(loaded_model)  # asked for its weights when saved
+        layers[full_attention[0]].owner = self._model
         hook.install()
 
     @property
@@ -121,6 +123,10 @@ class LESSCache(Cache):
 
     def __getstate__(self) -> dict:
         return {**vars(self), "_model": None}  # a reference to a model is nothing to pickle
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        hook.install()  # in this process no cache may have been made yet
 
     @classmethod
     def from_pretrained(
@@ -180,6 +186,11 @@ class LESSCache(Cache):
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Called by the model's attention. Raises `LESSError` after a forward that was interrupted."""
+        if layer_idx >= len(self.layers):
+            raise LESSError(
+                f"Layer {layer_idx}: this cache belongs to another model, of {len(self.layers)} layers. "
+                "Make a LESSCache for each model."
+            )
         layer = self.layers[layer_idx]
         if not isinstance(layer, LESSLayer):
             self._reach(layer_idx, "update")

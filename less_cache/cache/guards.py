@@ -47,6 +47,31 @@ def check_attention(layer_idx: int, module: torch.nn.Module, dropout: float, kwa
             raise LESSError(f"{where}: attention argument {name!r} is not supported. Use a DynamicCache.")
 
 
+def check_reader(layer_idx: int, module: torch.nn.Module, owner: torch.nn.Module) -> None:
+    """Raise where a layer is read by attention that is not `owner`, or a part of it, nor has the same weights."""
+    index, peer = getattr(module, "layer_idx", None), None
+    for each in owner.modules():
+        if each is module:
+            return
+        if type(each) is type(module) and getattr(each, "layer_idx", None) == index:
+            peer = each
+    if peer is None or not _same_weights(module, peer):
+        raise LESSError(
+            f"Layer {layer_idx} ({type(module).__name__}): this cache belongs to another model, with other weights. "
+            "Make a LESSCache for each model."
+        )
+
+
+def _same_weights(module: torch.nn.Module, other: torch.nn.Module) -> bool:
+    weights, others = dict(module.named_parameters()), dict(other.named_parameters())
+    if any(weight.is_meta for weight in (*weights.values(), *others.values())):
+        return True  # offloaded: nothing to compare
+    return weights.keys() == others.keys() and all(
+        weight.shape == others[name].shape and torch.equal(weight.to(others[name]), others[name])
+        for name, weight in weights.items()
+    )
+
+
 def real_tokens(layer_idx: int, attention_mask: torch.Tensor | None, b: int, n: int) -> torch.Tensor | None:
     """Which new tokens are not padding, `[b, n]`, read off the last query's row; None: all, where a look is for free."""
     if attention_mask is None:
@@ -84,7 +109,7 @@ def check_continuation(
     layer_idx: int, rows: Rows, real: torch.Tensor | None, position_ids: torch.Tensor | None, seen: int
 ) -> None:
     """Raise where `generate` was given a prompt shorter than what was seen: it slices such a prompt silently."""
-    too_short = real is not None and not bool(real.any())
+    too_short = real is not None and not bool(real.any()) and bool((rows.seen > 0).any())  # a prompt may begin with padding
     if position_ids is not None and position_ids.dim() == 2:
         behind = position_ids[:, -1] < rows.seen
         too_short = too_short or bool((behind if real is None else behind & real[:, -1]).any())

@@ -5,14 +5,15 @@ Axes: `b` rows, `h` query heads, `g` KV heads, `n` new tokens, `d` head dim.
 
 import contextlib
 import copy
-from collections.abc import Callable, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from transformers.cache_utils import CacheLayerMixin
 
 from less_cache.backends.select import attends_prompt, take_block, take_step
 from less_cache.cache import guards
+from less_cache.cache.holding import HoldingLayer
 from less_cache.cache.recording import REACH, Recording
 from less_cache.errors import LESSError
 from less_cache.integration import hook
@@ -22,7 +23,7 @@ from less_cache.policies import EvictionPolicy
 from less_cache.slots import Held, Setup, format_of
 
 
-class LESSLayer(CacheLayerMixin):
+class LESSLayer(HoldingLayer):
     """The tokens that `policy` keeps, in slots, and the state of all evicted ones.
 
     A step: attend with what is kept and the old state, add the step's weights to the scores, choose the victim, fold it
@@ -56,6 +57,7 @@ class LESSLayer(CacheLayerMixin):
     ):
         # Not the base's, which makes `keys` and `values`: here they lie in slots.
         self.leads, self.layer_idx = leads, layer_idx
+        self.owner: weakref.ref | None = None  # the model that the cache was made for, or the attention that read first
         self.setup = Setup(policy, kernels, format_of(slots), shares, self.grows)
         self.reset()
 
@@ -69,72 +71,15 @@ class LESSLayer(CacheLayerMixin):
         self._announced = False  # `update` came, attention has not read it yet
         self._open = False  # tokens are being taken in: after an exception nobody knows how far
 
+    def __getstate__(self) -> dict:
+        return {**vars(self), "owner": None}  # a reference to a model is nothing to pickle
+
     def fork(self) -> "LESSLayer":
         """A copy that goes its own way: tensors are copied, kernels and policy shared. It records nothing yet."""
         other = copy.copy(self)
         other._recording = None
         other.map(torch.clone)
         return other
-
-    # What is held
-
-    @property
-    def held(self) -> Held | None:
-        """All that the layer holds of its sequences; None before the first block."""
-        return self._held
-
-    def _hold(self, held: Held) -> None:
-        self._held = held
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether nothing was read yet: the next block is the first."""
-        return self._held is None or self._held.slots is None
-
-    @property
-    def keys(self) -> torch.Tensor | None:  # type: ignore[override]
-        """Kept keys, `[b, g, c, d]`; heads that keep fewer end with empty slots."""
-        return None if self.is_empty else self._held.slots.keys
-
-    @property
-    def values(self) -> torch.Tensor | None:  # type: ignore[override]
-        """Kept values, as `keys`."""
-        return None if self.is_empty else self._held.slots.values
-
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """All that is kept of the sequences, by name."""
-        return {} if self._held is None else self._held.tensors()
-
-    def allocated(self) -> dict[str, torch.Tensor]:
-        """All that takes memory, by the same names; what is recorded for `crop` apart."""
-        return self.tensors()
-
-    @property
-    def recorded_bytes(self) -> int:
-        """Bytes held only for `crop`; 0 right after one."""
-        return 0 if self._recording is None else self._recording.nbytes
-
-    @torch.inference_mode(False)
-    def load(self, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype, cumulative_length: int) -> None:
-        """Go on from what `tensors` gave after so many tokens; `dtype`: of keys and values before they were stored."""
-        held = Held.from_tensors(tensors, self.setup, dtype)
-        b, g = held.slots.sizes.shape
-        self._begin(b, g, held.slots.values.shape[-1], dtype, held.slots.positions.device)
-        self._hold(held)
-        self.cumulative_length += cumulative_length
-
-    def _begin(self, b: int, g: int, width: int, dtype: torch.dtype, device: torch.device) -> None:
-        """Hold nothing yet, of `b` rows and `g` KV heads whose values have this width."""
-        self.dtype, self.device = dtype, device
-        self.setup = self.setup.on(device, g)
-        self._held = Held.empty(self.setup, b, g, width, device)
-        self.is_initialized = True
-
-    @torch.inference_mode(False)
-    def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """Change every tensor; shapes stay."""
-        if self._held is not None:
-            self._hold(self._held.map(lambda name, tensor: change(tensor)))
 
     # What transformers asks
 
@@ -169,6 +114,11 @@ class LESSLayer(CacheLayerMixin):
                 "after an interrupted forward, call cache.reset()."
             )
 
+    def refuse(self, reason: str) -> None:
+        """Raise for a call that attention cannot hand over; nothing was taken in."""
+        self._announced = False
+        raise LESSError(f"Layer {self.layer_idx}: {reason}")
+
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """The mask covers the new tokens alone, at their logical offset."""
         guards.check_new(self.layer_idx, query_length, self.cumulative_length)
@@ -186,25 +136,14 @@ class LESSLayer(CacheLayerMixin):
         """No maximum."""
         return -1
 
-    def offload(self) -> None:
-        self.map(lambda tensor: tensor.to("cpu", non_blocking=True))
+    @property
+    def recorded_bytes(self) -> int:
+        """Bytes held only for `crop`; 0 right after one."""
+        return 0 if self._recording is None else self._recording.nbytes
 
-    def prefetch(self) -> None:
-        self.map(lambda tensor: tensor.to(self.device, non_blocking=True))
-
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        self.batch_select_indices(beam_idx)
-
-    @torch.inference_mode(False)
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         self._recording = None
-        if self._held is not None:
-            self._hold(self._held.select(indices))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        if self._held is not None:
-            rows = torch.arange(len(self._held.rows.seen), device=self._held.rows.seen.device)
-            self.batch_select_indices(rows.repeat_interleave(repeats))
+        super().batch_select_indices(indices)
 
     def activate_past_recording(self) -> None:
         """Record from the next block on, so that `crop` can give tokens back; see `record_past` above."""
@@ -280,6 +219,8 @@ class LESSLayer(CacheLayerMixin):
             )
         self._announced = False
         guards.check_attention(self.layer_idx, module, dropout, kwargs)
+        if self.checks(states[0].shape[2]):
+            self._check_reader(module)
         rows, n, position_ids = self._held.rows, states[0].shape[2], kwargs.get("position_ids")
         again = 0
         if self.record_past and (again := guards.seen_again(self.layer_idx, rows, position_ids, n, self.cumulative_length)):
@@ -289,6 +230,13 @@ class LESSLayer(CacheLayerMixin):
         if self.checks(n) and not self.is_empty:
             guards.check_continuation(self.layer_idx, rows, real, position_ids, self.cumulative_length)
         return AttentionCall.of(states, attention_mask, real, scaling, kwargs), again
+
+    def _check_reader(self, module: torch.nn.Module) -> None:
+        """Raise where another model reads the layer than before; a model that is gone is not missed."""
+        owner = None if self.owner is None else self.owner()
+        if owner is not None and owner is not module:
+            guards.check_reader(self.layer_idx, module, owner)
+        self.owner = weakref.ref(module)
 
     def take_in(self, call: AttentionCall) -> torch.Tensor | None:
         """Read the new tokens and take them in: attention output `[b, h, n, d]`, or None where the model's own gives it."""

@@ -21,7 +21,6 @@ def replace(folder: Path, contents: Mapping[str, bytes]) -> None:
                     file.write(content)
                     file.flush()
                     os.fsync(file.fileno())
-                os.chmod(Path(draft) / name, 0o644)
             for name in contents:
                 (folder / name).parent.mkdir(exist_ok=True)
                 os.replace(Path(draft) / name, folder / name)

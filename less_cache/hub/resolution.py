@@ -7,7 +7,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from less_cache.errors import LESSError
 from less_cache.hub import catalogue, client
-from less_cache.integration.families import fingerprint
+from less_cache.integration.families import fingerprint, unwrapped
 from less_cache.kernels.kernels import LESSKernels
 
 logger = logging.getLogger(__name__)
@@ -19,6 +19,7 @@ def kernels_for(model: PreTrainedModel | PreTrainedConfig, token: str | bool | N
     Says in the log where they come from. Where there are none, the untrained state with one warning that has the reasons;
     None for a model whose heads differ in size.
     """
+    model = unwrapped(model)
     identity = fingerprint(model) if isinstance(model, PreTrainedModel) else None
     name = getattr(model, "name_or_path", None) or ""
     base_model = name if client.is_repo_id(name) else None

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import hashlib
 import warnings
+from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -124,6 +125,12 @@ def warn_untested(model_type: str) -> None:
             "budget above the text's length with that of a DynamicCache: they must be equal.",
             stacklevel=3,  # where the cache is made
         )
+
+
+def unwrapped(model: Any) -> Any:
+    """The model inside of what torch.compile or PEFT made of it."""
+    model = getattr(model, "_orig_mod", model)
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def fingerprint(model: PreTrainedModel) -> str:

@@ -29,8 +29,11 @@ def tag(key_states: torch.Tensor, layer: Any) -> torch.Tensor:
     return view
 
 
-def dispatching(original: Callable) -> Callable:
-    """The attention function `original`, except for keys that a LESS layer has tagged. One for each original."""
+def dispatching(original: Callable, unknown: str | None = None) -> Callable:
+    """The attention function `original`, except for keys that a LESS layer has tagged. One for each original.
+
+    `unknown`: the name of a function that somebody has registered. What it computes is not known, so a layer refuses it.
+    """
     if original in _dispatching:  # a dict where torch.compile would warn of a functools.cache
         return _dispatching[original]
 
@@ -39,9 +42,21 @@ def dispatching(original: Callable) -> Callable:
         layer = getattr(key, _TAG, None)
         if layer is None:
             return original(module, query, key, value, attention_mask, *args, **kwargs)
+        if unknown is not None:
+            layer.refuse(
+                f"attention function {unknown!r} is not transformers' own: a LESSCache would not compute what it does. "
+                'Load the model with attn_implementation="sdpa" or "eager".'
+            )
         return layer.attend(original, module, query, key, value, attention_mask, *args, **kwargs)
 
     return _dispatching.setdefault(original, attention)
+
+
+def _unknown(interface: AttentionInterface, name: str, function: Callable) -> str | None:
+    """The name of a function that somebody has registered; None for transformers' own, a model's, or one from the Hub."""
+    registered = name in interface and interface[name] is function and "/" not in name
+    is_own = str(getattr(function, "__module__", "")).partition(".")[0] == "transformers"
+    return name if registered and not is_own else None
 
 
 def reaches(config: PreTrainedConfig, model: PreTrainedModel | None) -> bool:
@@ -67,10 +82,11 @@ def install() -> None:
         get_interface = AttentionInterface.get_interface
 
         @functools.wraps(get_interface)
-        def get_dispatching_interface(self, *args, **kwargs):
-            return dispatching(get_interface(self, *args, **kwargs))
+        def get_dispatching_interface(self, name, *args, **kwargs):
+            original = get_interface(self, name, *args, **kwargs)
+            return _dispatching.get(original) or dispatching(original, _unknown(self, name, original))
 
-        AttentionInterface.get_interface = get_dispatching_interface  # type: ignore[method-assign]
+        AttentionInterface.get_interface = get_dispatching_interface  # type: ignore[method-assign, assignment]
         falcon = modeling_falcon.FalconAttention
         falcon.forward = _falcon_forward(falcon.forward)  # type: ignore[method-assign]
         _installed = True

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import nn
 
+from less_cache.errors import LESSError
 from less_cache.memory.state import LowRankState
 from less_cache.ops.attention import LOWEST
 
@@ -190,7 +191,12 @@ class TrainedMemory(LayerMemory):
         return means[..., : means.shape[-1] - self.extra_dims]
 
     def for_heads(self: Trained, num_key_value_heads: int) -> Trained:
-        parts = self.sizes[1] // num_key_value_heads
+        parts, rest = divmod(self.sizes[1], num_key_value_heads)
+        if rest or (parts != 1 and not torch.distributed.is_initialized()):
+            raise LESSError(
+                f"The kernels are for {self.sizes[1]} KV heads, the model's attention has {num_key_value_heads}: the cache "
+                "belongs to another model. Make a LESSCache for each model."
+            )
         return self if parts == 1 else self.part(torch.distributed.get_rank() % parts, parts)
 
     def part(self: Trained, index: int, parts: int) -> Trained:

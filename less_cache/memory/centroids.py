@@ -88,7 +88,9 @@ class LayerCentroids(LayerMemory):
         sums = torch.cat([state.keys_sum, state.values_sum * weight], dim=-1)  # [b, g, r, 2d]
 
         first = leaves.int().argsort(dim=-1, descending=True, stable=True)  # those that leave, in order
-        spaced = torch.linspace(0, 1, self.num_centroids, device=keys.device) * (leaves.sum(-1, keepdim=True) - 1)
+        spaced = torch.linspace(0, 1, self.num_centroids, dtype=torch.float32, device=keys.device) * (
+            leaves.sum(-1, keepdim=True) - 1
+        )
         index = first.gather(-1, spaced.clamp_min(0).long())  # [b, g, r]
         seeds = pairs.gather(2, index.unsqueeze(-1).expand(*index.shape, pairs.shape[-1]))
         centers = torch.where(state.count.unsqueeze(-1) > 0, sums / held, seeds)

@@ -69,7 +69,8 @@ class LayerSoftCentroids(TrainedMemory):
         nn.init.constant_(self.query_bias, LIGHT)
         nn.init.constant_(self.limit, math.log(HEAVIEST))
         if self.num_virtual_tokens > 1:
-            rates = torch.logspace(math.log2(SLOWEST), math.log2(FASTEST), self.num_virtual_tokens - 1, base=2)
+            slowest, fastest, fading = math.log2(SLOWEST), math.log2(FASTEST), self.num_virtual_tokens - 1
+            rates = torch.logspace(slowest, fastest, fading, base=2, dtype=torch.float32)
             with torch.no_grad():
                 self.fading[:, 1:] = rates.sqrt()
 

@@ -98,7 +98,7 @@ class EvictionPolicy(abc.ABC):
             count, least = getattr(self, field.name), field.metadata.get("least", 1)
             share = 1 if shares is None or field.metadata.get("shared", False) else shares
             if isinstance(count, float):
-                columns.append((prompt_length * (count * share)).round().clamp_min(1).long())
+                columns.append((prompt_length.float() * (count * share)).round().clamp_min(1).long())
             elif isinstance(share, int):
                 columns.append(torch.full_like(prompt_length, count, dtype=torch.long))
             else:

@@ -1,0 +1,246 @@
+"""Faults that were found in use, each with the right value: a DynamicCache's, or one clear error."""
+
+import copy
+import io
+import multiprocessing
+import os
+import pickle
+import subprocess
+import sys
+
+import peft
+import pytest
+import torch
+from tiny import VOCAB, tiny_kernels, tiny_llama
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from less_cache import CORM, H2O, LESSCache, LESSError, LESSKernels, SinkRecent
+
+PROMPT, NEXT = (torch.randint(1, VOCAB, (2, n), generator=torch.Generator().manual_seed(n)) for n in (20, 6))
+LARGE = H2O(200, 200)
+
+
+@torch.no_grad()
+def read(model, cache, tokens, **options) -> torch.Tensor:
+    return model(tokens, past_key_values=cache, **options).logits
+
+
+def used_cache(model, policy=LARGE, kernels=None) -> LESSCache:
+    cache = LESSCache(model, policy, kernels)
+    read(model, cache, PROMPT)
+    return cache
+
+
+# Copies in other processes
+
+
+def read_elsewhere(cache, queue) -> None:
+    queue.put(read(tiny_llama(), cache, NEXT).numpy())
+
+
+def test_a_cache_sent_to_a_spawned_process():
+    cache, context = used_cache(tiny_llama()), multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    process = context.Process(target=read_elsewhere, args=(cache, queue))
+    process.start()
+    theirs = torch.tensor(queue.get(timeout=120))
+    process.join()
+    torch.testing.assert_close(theirs, read(tiny_llama(), cache, NEXT))
+
+
+@pytest.mark.parametrize("how", ["pickle", "torch"])
+@pytest.mark.parametrize("kernels", [None, "low_rank"])
+def test_a_cache_read_from_a_file_in_a_new_process(how, kernels, tmp_path):
+    model = tiny_llama()
+    cache = used_cache(model, H2O(4, 4), kernels and tiny_kernels(model, memory=kernels))
+    path = tmp_path / "cache"
+    if how == "pickle":
+        path.write_bytes(pickle.dumps(cache))
+    else:
+        torch.save(cache, path)
+    script = f"""
+import pickle, sys, torch
+sys.path.insert(0, {os.path.dirname(__file__)!r})
+from tiny import tiny_llama
+model = tiny_llama()
+{"cache = pickle.load(open(sys.argv[1], 'rb'))" if how == "pickle" else "cache = torch.load(sys.argv[1], weights_only=False)"}
+with torch.no_grad():
+    torch.save(model(torch.tensor({NEXT.tolist()}), past_key_values=cache).logits, sys.argv[1])
+"""
+    subprocess.run([sys.executable, "-c", script, path], check=True)
+    torch.testing.assert_close(torch.load(path), read(model, cache, NEXT))
+
+
+def test_a_pickled_cache_goes_on_beside_the_first():
+    model = tiny_llama()
+    cache = used_cache(model, CORM(4, 4))
+    other = pickle.load(io.BytesIO(pickle.dumps(cache)))
+    assert torch.equal(read(model, other, NEXT), read(model, cache, NEXT))
+
+
+# Attention functions of the user's own
+
+
+def softer(module, query, key, value, mask, scaling=None, **options):
+    return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling / 2, **options)
+
+
+def test_an_attention_function_that_somebody_registered_is_refused(monkeypatch):
+    monkeypatch.setattr(AttentionInterface, "_global_mapping", {**AttentionInterface._global_mapping, "softer": softer})
+    masks = {**AttentionMaskInterface._global_mapping, "softer": sdpa_mask}
+    monkeypatch.setattr(AttentionMaskInterface, "_global_mapping", masks)
+    model = tiny_llama(attn_implementation="softer")
+    expected = model.generate(PROMPT, max_new_tokens=4, do_sample=False)
+    cache = LESSCache(model, LARGE)
+    with pytest.raises(LESSError, match=r"attention function 'softer' is not transformers' own.*attn_implementation=\"sdpa\""):
+        read(model, cache, PROMPT)
+    full = model.generate(PROMPT, past_key_values=DynamicCache(config=model.config), max_new_tokens=4, do_sample=False)
+    assert torch.equal(full, expected), "other caches go through it"
+    model.set_attn_implementation("sdpa")
+    assert cache.get_seq_length() == 0
+    torch.testing.assert_close(read(model, cache, PROMPT), model(PROMPT).logits)
+
+
+# Another model's cache
+
+
+@pytest.mark.parametrize("kernels", [None, "low_rank"])
+@pytest.mark.parametrize("when", ["from the start", "in the middle"])
+def test_another_model_of_the_same_shape_is_refused(when, kernels):
+    model, other = tiny_llama(), tiny_llama(seed=1)
+    cache = LESSCache(model, LARGE, kernels and tiny_kernels(model, memory=kernels))
+    if when == "in the middle":
+        read(model, cache, PROMPT)
+    with pytest.raises(LESSError, match=r"belongs to another model, with other weights\. Make a LESSCache for each model"):
+        read(other, cache, NEXT)
+    if when == "in the middle":
+        expected = read(model, DynamicCache(config=model.config), torch.cat([PROMPT, NEXT], dim=1))[:, -6:]
+        torch.testing.assert_close(read(model, cache, NEXT), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_cache_of_a_config_belongs_to_whom_reads_it_first():
+    model, other = tiny_llama(), tiny_llama(seed=1)
+    cache = LESSCache(model.config, LARGE)
+    read(other, cache, PROMPT)
+    with pytest.raises(LESSError, match="belongs to another model"):
+        read(model, cache, NEXT)
+
+
+@pytest.mark.filterwarnings("default::DeprecationWarning")  # torch's own, while it compiles
+@pytest.mark.parametrize("same", [copy.deepcopy, lambda model: tiny_llama(), torch.compile], ids=["copy", "twin", "compiled"])
+def test_the_same_weights_elsewhere_are_the_same_model(same):
+    model = tiny_llama()
+    cache = used_cache(model)
+    expected = read(model, cache.fork(), NEXT)
+    other = same(model)
+    if same is torch.compile:
+        other = torch.compile(model, backend="eager")
+    torch.testing.assert_close(read(other, cache, NEXT), expected)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"num_hidden_layers": 3}, "belongs to another model"),
+        ({"num_key_value_heads": 1}, "belongs to another model"),
+        ({"num_key_value_heads": 4}, "belongs to another model"),
+        ({"num_attention_heads": 8, "num_key_value_heads": 8}, "belongs to another model"),
+    ],
+)
+@pytest.mark.parametrize("of", ["model", "config"])
+def test_a_model_of_another_shape_is_refused(sizes, message, of):
+    model = tiny_llama()
+    cache = LESSCache(model if of == "model" else model.config, LARGE, tiny_kernels(model))
+    with pytest.raises(LESSError, match=message):
+        read(tiny_llama(**sizes), cache, PROMPT)
+
+
+# torch's default type
+
+
+@pytest.mark.parametrize("policy", [H2O(0.05, 0.05), SinkRecent(2, 0.1), CORM(0.05, 0.05)], ids=lambda policy: policy.name)
+@pytest.mark.parametrize("memory", ["low_rank", "soft_centroids", "untrained"])
+def test_torchs_default_type_changes_nothing(policy, memory):
+    model, prompt = tiny_llama(), torch.randint(1, VOCAB, (1, 1032))
+    kernels = LESSKernels.untrained(model) if memory == "untrained" else tiny_kernels(model, memory=memory)
+    expected = LESSCache(model, policy, kernels)
+    logits = read(model, expected, prompt)
+    cache = LESSCache(model, policy, kernels)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        output = read(model, cache, prompt)
+        after = read(model, cache, NEXT[:1, :1])
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(output, logits)
+    assert torch.equal(after, read(model, expected, NEXT[:1, :1]))
+    for layer, other in zip(cache.layers, expected.layers, strict=True):
+        for name, tensor in layer.tensors().items():
+            assert torch.equal(tensor, other.tensors()[name]), name
+
+
+def test_kernels_made_under_another_default_type_are_the_same():
+    model = tiny_llama()
+    expected = tiny_kernels(model, memory="soft_centroids").state_dict()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        made = tiny_kernels(model, memory="soft_centroids").state_dict()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for name, tensor in expected.items():
+        assert made[name].dtype == torch.float32
+        if not name.endswith("fading"):  # of which `tiny` draws its own
+            torch.testing.assert_close(made[name], tensor)
+
+
+# Wrapped models
+
+
+@pytest.mark.filterwarnings("default::DeprecationWarning")  # torch's own, while it compiles
+@pytest.mark.parametrize("wrap", ["compiled", "peft"])
+def test_for_model_finds_the_kernels_of_a_wrapped_model(wrap, monkeypatch, tmp_path, recwarn):
+    model = tiny_llama()
+    kernels = tiny_kernels(model)
+    kernels.config.policy = H2O(4, 4).to_dict()
+    kernels.save_pretrained(tmp_path)
+    found = {kernels.config.base_model_fingerprint: [str(tmp_path)]}
+    monkeypatch.setattr("less_cache.hub.catalogue.find", lambda base, fingerprint: found.get(fingerprint, []))
+    if wrap == "peft":
+        wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"])).eval()
+    else:
+        wrapped = torch.compile(model, backend="eager")
+    cache = LESSCache.for_model(wrapped)
+    assert cache.kernels.source == str(tmp_path)
+    assert not [each for each in recwarn.list if "kernels" in str(each.message)]
+    wrapped.generate(input_ids=PROMPT, past_key_values=cache, max_new_tokens=3)
+
+
+# Padding
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 7, 16])
+@pytest.mark.parametrize("policy", [LARGE, SinkRecent(2, 100), CORM(100, 100)], ids=lambda policy: policy.name)
+def test_left_padding_longer_than_a_chunk_of_the_prompt(policy, chunk):
+    model = tiny_llama()
+    prompt = torch.nn.functional.pad(PROMPT, (12, 0))
+    mask = (prompt > 0).long()
+    mask[1, :20] = 0
+    options = {"max_new_tokens": 5, "do_sample": False, "attention_mask": mask}
+    expected = model.generate(prompt, **options)
+    cache = LESSCache(model, policy)
+    assert torch.equal(model.generate(prompt, past_key_values=cache, prefill_chunk_size=chunk, **options), expected)
+
+
+# Files
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o077, 0o600), (0o022, 0o644), (0o027, 0o640)])
+def test_a_saved_cache_has_the_mode_that_the_user_wants(umask, mode, tmp_path):
+    before = os.umask(umask)
+    try:
+        used_cache(tiny_llama()).save(tmp_path / "cache")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "cache").stat().st_mode & 0o777 == mode
