@@ -217,6 +217,121 @@ def test_for_model_finds_the_kernels_of_a_wrapped_model(wrap, monkeypatch, tmp_p
     wrapped.generate(input_ids=PROMPT, past_key_values=cache, max_new_tokens=3)
 
 
+# Masks over tokens that were seen
+
+
+def padded_history() -> tuple[torch.Tensor, torch.Tensor]:
+    """Two turns of two rows, and a mask that hides what came after the end of row 0, and a part in the middle of row 1."""
+    turns = torch.randint(1, VOCAB, (2, 34), generator=torch.Generator().manual_seed(7))
+    mask = torch.ones(2, 34, dtype=torch.long)
+    mask[0, 12:20] = 0
+    mask[1, 5:9] = 0
+    return turns, mask
+
+
+def positions_of(mask: torch.Tensor) -> torch.Tensor:
+    return (mask.cumsum(-1) - 1).clamp_min(0)
+
+
+@pytest.mark.parametrize(
+    ("policy", "static", "second"),
+    [
+        (LARGE, False, 13),
+        (LARGE, False, 1),
+        (LARGE, True, 13),
+        (SinkRecent(2, 100), False, 13),
+        (SinkRecent(2, 100), True, 13),
+        (CORM(100, 100), False, 1),
+        (CORM(100, 100), False, 13),
+    ],
+)
+def test_a_mask_that_hides_seen_tokens(policy, static, second):
+    """In plain forwards: the first turn was read without a mask, the second hides some of it, a last token follows."""
+    model = tiny_llama()
+    turns, mask = padded_history()
+    positions, outputs = positions_of(mask), []
+    for cache in (DynamicCache(config=model.config), LESSCache(model, policy, tiny_kernels(model), static=static)):
+        read(model, cache, turns[:, :20])
+        for part in (slice(20, 20 + second), slice(20 + second, 21 + second)):
+            options = {"attention_mask": mask[:, : part.stop], "position_ids": positions[:, part]}
+            outputs.append(read(model, cache, turns[:, part], **options))
+    for full, ours in zip(outputs[:2], outputs[2:], strict=True):
+        torch.testing.assert_close(ours, full, rtol=1e-4, atol=2e-5)
+    for layer in cache.layers:
+        assert layer.seen.tolist() == mask[:, : 21 + second].sum(-1).tolist()
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_a_chat_of_rows_that_end_at_different_times(static):
+    """Row 0 stops early; `generate` writes padding after it, which the next turn's mask hides."""
+    model = tiny_llama()
+    written = model.generate(PROMPT, max_new_tokens=12, do_sample=False)
+    eos = int(written[0, 22])
+    question = torch.randint(1, VOCAB, (2, 15), generator=torch.Generator().manual_seed(3))
+    cache = LESSCache(model, LARGE, static=static)
+    options = {"do_sample": False, "pad_token_id": 0}
+    turn = model.generate(PROMPT, past_key_values=cache, max_new_tokens=12, eos_token_id=eos, **options)
+    mask = torch.ones_like(turn)
+    end = int((turn[0, 20:] == eos).int().argmax()) + 21
+    mask[0, end:] = 0
+    assert end < turn.shape[1]
+    history, mask = torch.cat([turn, question], dim=1), torch.nn.functional.pad(mask, (0, 15), value=1)
+    output = model.generate(history, attention_mask=mask, past_key_values=cache, max_new_tokens=6, **options)
+    for row in range(2):
+        alone = history[row : row + 1, mask[row].bool()]
+        expected = model.generate(alone, max_new_tokens=6, **options)
+        assert output[row, -6:].tolist() == expected[0, -6:].tolist()
+
+
+@pytest.mark.parametrize("policy", [H2O(4, 4), SinkRecent(2, 6), CORM(6, 6)], ids=lambda policy: policy.name)
+def test_hidden_tokens_leave_a_small_cache(policy):
+    model = tiny_llama()
+    turns, mask = padded_history()
+    cache = LESSCache(model, policy, tiny_kernels(model))
+    read(model, cache, turns[:, :20])
+    positions = positions_of(mask)
+    kept = [layer.positions.clone() for layer in cache.layers]
+    with torch.no_grad():
+        model(turns[:, 20:21], past_key_values=cache, attention_mask=mask[:, :21], position_ids=positions[:, 20:21])
+    for layer, before in zip(cache.layers, kept, strict=True):
+        assert layer.seen.tolist() == [13, 17]
+        now = layer.positions
+        for row, hidden in enumerate((range(12, 20), range(5, 9))):
+            for head in range(2):
+                stayed = {p - sum(h < p for h in hidden) for p in before[row, head].tolist() if p >= 0 and p not in hidden}
+                held = [p for p in now[row, head].tolist() if p >= 0]
+                assert len(set(held)) == len(held)
+                assert set(held) <= stayed | {12 if row == 0 else 16}
+
+
+def test_packed_documents_in_a_4d_mask():
+    model, n = tiny_llama(), 12
+    block = torch.zeros(n, n, dtype=torch.bool)
+    block[:7, :7] = block[7:, 7:] = True
+    block &= torch.ones(n, n, dtype=torch.bool).tril()
+    tokens = PROMPT[:, :n]
+    cache, full = LESSCache(model, LARGE, tiny_kernels(model)), DynamicCache(config=model.config)
+    for part in (tokens, NEXT[:, :1], NEXT[:, 1:2]):
+        options = {"attention_mask": block.expand(2, 1, n, n)} if part is tokens else {}
+        torch.testing.assert_close(
+            read(model, cache, part, **options), read(model, full, part, **options), rtol=1e-4, atol=2e-5
+        )
+    assert cache.layers[0].seen.tolist() == [14, 14]
+
+
+def test_a_4d_mask_that_hides_seen_tokens_is_refused():
+    """Candidates of a tree, each seeing a part of the past."""
+    model = tiny_llama()
+    cache = used_cache(model)
+    mask = torch.ones(2, 1, 6, 26, dtype=torch.bool).tril(20)
+    torch.testing.assert_close(read(model, cache.fork(), NEXT, attention_mask=mask), read(model, cache.fork(), NEXT))
+    mask[:, :, 3:, 4:8] = False
+    with pytest.raises(LESSError, match="the 4D mask hides tokens that the cache has seen"):
+        read(model, cache, NEXT, attention_mask=mask)
+    assert cache.get_seq_length() == 20
+    torch.testing.assert_close(read(model, cache, NEXT), read(model, used_cache(model), NEXT))
+
+
 # Padding
 
 

@@ -108,6 +108,7 @@ class LESSCache(Cache):
         own_layers = [index for index, layer in enumerate(layers) if not isinstance(layer, LESSLayer | DummyLayer)]
         self._forward = Forward(own_layers[-1] if own_layers else None)
         self._interrupted = False
+        self.seen_mask: torch.Tensor | None = None  # which seen tokens the mask of the present forward shows, `[b, t]`
         self.policy = policy
         self.kernels = kernels
         self.config = config
@@ -196,8 +197,30 @@ class LESSCache(Cache):
             self._reach(layer_idx, "update")
         elif layer.checks(key_states.shape[-2]):
             self.check_whole()
+            self._hide_seen()
             self._check_positions(self.get_seq_length(layer_idx))
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Called where a mask is made. That of a layer under LESS covers new tokens alone; what it hides of those before comes
+        through the hook, as `seen_mask`.
+        """
+        self.seen_mask = None
+        layer = self.layers[layer_idx]
+        if isinstance(layer, LESSLayer) and not torch.compiler.is_compiling():
+            hook.expect_mask(self)
+        return super().get_mask_sizes(query_length, layer_idx)
+
+    def _hide_seen(self) -> None:
+        """Drop the seen tokens that the forward's mask hides, such as what was written after the end of a row."""
+        visible, self.seen_mask = self.seen_mask, None
+        less_layers = [layer for layer in self.layers if isinstance(layer, LESSLayer)]
+        if visible is None or less_layers[0].is_empty:
+            return
+        moved = less_layers[0].held.rows.hide(visible)
+        if moved is not None:
+            for layer in less_layers:
+                layer.forget(moved)
 
     def update_conv_state(self, conv_states: torch.Tensor, layer_idx: int, state_idx: int = 0, **kwargs) -> torch.Tensor:
         """Called by a model's linear attention."""

@@ -6,7 +6,7 @@ Axes: `b` rows, `n` new tokens.
 import torch
 
 from less_cache.errors import LESSError
-from less_cache.ops.masks import last_row
+from less_cache.ops.masks import additive_to_bool, own_column
 from less_cache.slots import Rows
 
 READ_AT_ONCE = {"cpu"}  # types of device whose tensors Python reads without waiting
@@ -73,7 +73,7 @@ def _same_weights(module: torch.nn.Module, other: torch.nn.Module) -> bool:
 
 
 def real_tokens(layer_idx: int, attention_mask: torch.Tensor | None, b: int, n: int) -> torch.Tensor | None:
-    """Which new tokens are not padding, `[b, n]`, read off the last query's row; None: all, where a look is for free."""
+    """Which new tokens are not padding, `[b, n]`: those that see themselves; None: all, where a look is for free."""
     if attention_mask is None:
         return None
     if not isinstance(attention_mask, torch.Tensor) or attention_mask.dim() not in (2, 4):
@@ -85,10 +85,25 @@ def real_tokens(layer_idx: int, attention_mask: torch.Tensor | None, b: int, n: 
         raise LESSError(
             f"Layer {layer_idx}: expected one mask for all heads, got a mask of shape {list(attention_mask.shape)}."
         )
-    real = last_row(attention_mask, n)
+    real = own_column(attention_mask, n)
     if real.device.type in READ_AT_ONCE and not torch.compiler.is_compiling() and real.all():
         return None
     return real.expand(b, n)
+
+
+def check_seen_columns(layer_idx: int, rows: Rows, attention_mask: torch.Tensor, n: int, seen: int) -> None:
+    """Raise where a 4D mask hides seen tokens from new ones. `seen`: padding included."""
+    if attention_mask.dim() != 4 or attention_mask.shape[-1] <= n:
+        return
+    past = attention_mask[:, 0, -n:, :-n]
+    visible = past if past.dtype == torch.bool else additive_to_bool(past)  # [b, n, tokens seen]
+    real = rows.real_of(seen)[:, None, -visible.shape[-1] :]
+    new = own_column(attention_mask, n).unsqueeze(-1)
+    if not bool((visible | ~real | ~new).all()):
+        raise LESSError(
+            f"Layer {layer_idx}: the 4D mask hides tokens that the cache has seen. Those that no later token may see can be "
+            "hidden by a 2D mask; masks that differ by query are supported among the new tokens only. Or use a DynamicCache."
+        )
 
 
 def seen_again(layer_idx: int, rows: Rows, position_ids: torch.Tensor | None, n: int, seen: int) -> int:

@@ -119,6 +119,12 @@ class LESSLayer(HoldingLayer):
         self._announced = False
         raise LESSError(f"Layer {self.layer_idx}: {reason}")
 
+    @torch.inference_mode(False)
+    def forget(self, moved: torch.Tensor) -> None:
+        """Drop seen tokens that a mask hides, as `Rows.hide` says."""
+        self._recording = None
+        self._held.forget(self.setup.policy, moved.to(self._held.rows.seen.device))
+
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """The mask covers the new tokens alone, at their logical offset."""
         guards.check_new(self.layer_idx, query_length, self.cumulative_length)
@@ -227,6 +233,8 @@ class LESSLayer(HoldingLayer):
             states = [each[:, :, again:] for each in states]
             position_ids, attention_mask, n = position_ids[:, again:], None, n - again
         real = guards.real_tokens(self.layer_idx, attention_mask, len(rows.seen), n)
+        if self.checks(n) and attention_mask is not None:
+            guards.check_seen_columns(self.layer_idx, rows, attention_mask, n, int(self.cumulative_length))
         if self.checks(n) and not self.is_empty:
             guards.check_continuation(self.layer_idx, rows, real, position_ids, self.cumulative_length)
         return AttentionCall.of(states, attention_mask, real, scaling, kwargs), again
@@ -251,12 +259,16 @@ class LESSLayer(HoldingLayer):
     def _step(self, call: AttentionCall) -> torch.Tensor:
         """One token a row: `[b, h, 1, d]`."""
         output = take_step(self.setup, self._held, call, self.cumulative_length)
+        if self.leads and call.real is not None and call.real.device.type in guards.READ_AT_ONCE and not self.is_compileable:
+            self._held.rows.remember_padding(call.real, self.cumulative_length)
         self.cumulative_length += 1
         return output
 
     def _block(self, call: AttentionCall) -> torch.Tensor | None:
         """Several tokens, or the first: `[b, h, n, d]`, or None where the model's own attention gives it."""
         output = take_block(self.setup, self._held, call, self.cumulative_length)
+        if self.leads and call.real is not None:
+            self._held.rows.remember_padding(call.real, int(self.cumulative_length))
         self._hold(self._held)
         self.cumulative_length += call.num_tokens
         return output

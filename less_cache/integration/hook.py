@@ -9,17 +9,20 @@ Installed once, with the first `LESSCache`, not on import.
 
 import functools
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.falcon import modeling_falcon
 
 _TAG = "_less_layer"
 _lock = threading.Lock()
 _installed = False
 _dispatching: dict[Callable, Callable] = {}
+_noting: dict[Callable, Callable] = {}
+_expecting = threading.local()
 
 
 def tag(key_states: torch.Tensor, layer: Any) -> torch.Tensor:
@@ -52,6 +55,29 @@ def dispatching(original: Callable, unknown: str | None = None) -> Callable:
     return _dispatching.setdefault(original, attention)
 
 
+def expect_mask(cache: Any) -> None:
+    """The next mask that this thread makes is for `cache`: what it says of the tokens seen becomes its `seen_mask`."""
+    _expecting.cache = weakref.ref(cache)
+
+
+def noting(mask_function: Callable) -> Callable:
+    """The mask function, which hands the seen tokens' part of a 2D mask to the cache that expects it."""
+
+    @functools.wraps(mask_function)
+    def mask(*args, **kwargs):
+        expecting, _expecting.cache = getattr(_expecting, "cache", None), None
+        cache = None if expecting is None else expecting()
+        padding, offset = kwargs.get("attention_mask"), kwargs.get("kv_offset", 0)
+        if cache is not None and isinstance(padding, torch.Tensor) and padding.dim() == 2:
+            seen = int(offset)
+            looks = padding.device.type == "cpu" or kwargs.get("q_length", 2) > 1  # a step on a GPU does not wait for it
+            if looks and 0 < seen <= padding.shape[-1]:
+                cache.seen_mask = padding[:, :seen].bool()
+        return mask_function(*args, **kwargs)
+
+    return mask
+
+
 def _unknown(interface: AttentionInterface, name: str, function: Callable) -> str | None:
     """The name of a function that somebody has registered; None for transformers' own, a model's, or one from the Hub."""
     registered = name in interface and interface[name] is function and "/" not in name
@@ -74,7 +100,9 @@ def is_paged(config: PreTrainedConfig) -> bool:
 
 
 def install() -> None:
-    """Wrap `AttentionInterface.get_interface`, and Falcon's forward, which does not use it. Idempotent."""
+    """Wrap `AttentionInterface.get_interface`, the choice of a mask function, and Falcon's forward, which does not use the
+    interface. Idempotent.
+    """
     global _installed
     with _lock:
         if _installed:
@@ -87,6 +115,16 @@ def install() -> None:
             return _dispatching.get(original) or dispatching(original, _unknown(self, name, original))
 
         AttentionInterface.get_interface = get_dispatching_interface  # type: ignore[method-assign, assignment]
+        get_mask_function = AttentionMaskInterface.__getitem__
+
+        @functools.wraps(get_mask_function)
+        def get_noting_function(self, name):
+            function = get_mask_function(self, name)
+            if torch.compiler.is_compiling():
+                return function
+            return _noting.get(function) or _noting.setdefault(function, noting(function))
+
+        AttentionMaskInterface.__getitem__ = get_noting_function  # type: ignore[method-assign]
         falcon = modeling_falcon.FalconAttention
         falcon.forward = _falcon_forward(falcon.forward)  # type: ignore[method-assign]
         _installed = True

@@ -13,13 +13,16 @@ def additive_to_bool(mask: torch.Tensor) -> torch.Tensor:
     return mask > torch.finfo(mask.dtype).min / 2
 
 
-def last_row(attention_mask: torch.Tensor, n: int) -> torch.Tensor:
-    """Which of the `n` new tokens are not padding, bool `[b, n]`: those that the last query sees.
+def own_column(attention_mask: torch.Tensor, n: int) -> torch.Tensor:
+    """Which of the `n` new tokens are not padding, bool `[b, n]`: those that see themselves.
 
     `attention_mask`: `[b, 1, n, n]` or `[b, n]`, bool or additive; longer ones end with the new tokens.
     """
-    last = attention_mask[:, -n:] if attention_mask.dim() == 2 else attention_mask[:, 0, -1, -n:]
-    return last if last.dtype == torch.bool else additive_to_bool(last)
+    if attention_mask.dim() == 2:
+        own = attention_mask[:, -n:]
+    else:
+        own = attention_mask[:, 0, -n:, -n:].diagonal(dim1=-2, dim2=-1)
+    return own if own.dtype == torch.bool else additive_to_bool(own)
 
 
 def visible_new(attention_mask: torch.Tensor | None, real: torch.Tensor, queries: slice) -> torch.Tensor:

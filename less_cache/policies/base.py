@@ -64,6 +64,10 @@ class EvictionPolicy(abc.ABC):
         """
         return scores
 
+    def renumbered(self, scores: torch.Tensor, moved: torch.Tensor) -> torch.Tensor:
+        """Scores `[b, g, c]` once the token at position p of a row is at `moved[row, p]`, `[b, t]`, -1: it is gone."""
+        return scores
+
     def keep(self, scores: torch.Tensor, positions: torch.Tensor, seen: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
         """Columns that stay, `[b, g, c]`: the protected, then the highest scores up to capacity (ties: the newest)."""
         capacity = self.capacity(counts)

@@ -58,6 +58,12 @@ class CORM(EvictionPolicy):
         important = weights.amax(dim=2) >= threshold  # [b, g, n, c]
         return torch.maximum(scores, torch.where(important, at, -1.0).amax(dim=2))
 
+    def renumbered(self, scores: torch.Tensor, moved: torch.Tensor) -> torch.Tensor:
+        latest = (moved >= 0).cumsum(-1) - 1  # [b, t], the last query up to a position that is still there
+        b, g, c = scores.shape
+        at = scores.clamp(0, moved.shape[-1] - 1).long().view(b, g * c)
+        return torch.where(scores < 0, scores, latest.gather(-1, at).view(b, g, c).float())
+
     def keep(self, scores: torch.Tensor, positions: torch.Tensor, seen: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
         window, _ = counts
         return (positions >= 0) & (self.protected(positions, seen, counts) | (scores >= seen - window))

@@ -11,7 +11,7 @@ from less_cache.slots.rows import Rows
 from less_cache.slots.setup import Setup
 from less_cache.slots.slots import Slots
 
-OF_ROWS = ("seen", "settled", "counts")
+OF_ROWS = ("seen", "settled", "counts", "real")
 
 
 @dataclasses.dataclass
@@ -39,6 +39,13 @@ class Held:
             self.slots = self.slots.refit(policy.capacity(self.rows.counts_by_head()), tokens)
         if self.slots.room is not None:
             self.slots.room -= 1
+
+    def forget(self, policy: EvictionPolicy, moved: torch.Tensor) -> None:
+        """Drop the tokens that `Rows.hide` hides, and count the others anew; in place. What was folded in stays there."""
+        self.slots.renumber(policy, moved)
+        positions = torch.arange(moved.shape[-1], device=moved.device)
+        gone = (moved < 0) & (positions < self.rows.seen.unsqueeze(-1))
+        self.rows.seen -= gone.sum(-1)
 
     def map(self, change: Callable[[str, torch.Tensor], torch.Tensor]) -> "Held":
         """The same with every tensor changed, by its name; shapes stay."""
@@ -70,7 +77,7 @@ class Held:
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, torch.Tensor], setup: Setup, dtype: torch.dtype) -> "Held":
         """What `tensors` gave these of; `dtype`: of the keys and values before they were stored."""
-        rows = Rows(**{name: tensors[name] for name in OF_ROWS})
+        rows = Rows(**{name: tensors.get(name) for name in OF_ROWS})
         capacity = setup.policy.capacity(rows.counts_by_head())
         slots = Slots.from_tensors(tensors, setup.format, dtype, len(rows.seen), capacity)
         if slots.room is not None and not setup.grows:

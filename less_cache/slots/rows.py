@@ -20,6 +20,7 @@ class Rows:
     seen: torch.Tensor  # [b] int64, real tokens
     settled: torch.Tensor  # [b] bool, the prompt is over
     counts: torch.Tensor | None = None  # [b, f] int64, or [b, g, f] where heads differ; None before the first block
+    real: torch.Tensor | None = None  # [b, t] bool, which of the first t tokens were real, as the ones after; None: all
 
     @classmethod
     def empty(cls, batch: int, device: torch.device) -> "Rows":
@@ -53,6 +54,28 @@ class Rows:
     def settle(self, alone: torch.Tensor | bool) -> None:
         """End the prompt of the rows that get one token `alone`, bool `[b]` or for all, after their first block."""
         self.settled |= (self.seen > 0) & alone
+
+    def remember_padding(self, tokens: torch.Tensor, before: int) -> None:
+        """Note which tokens of a block are real, bool `[b, n]`, that came after `before` others, padding included."""
+        self.real = torch.cat([self.real_of(before), tokens], dim=-1)
+
+    def real_of(self, num_tokens: int) -> torch.Tensor:
+        """Which of the first `num_tokens` tokens, padding included, are real: bool `[b, num_tokens]`."""
+        if self.real is None:
+            return self.seen.new_ones(len(self.seen), num_tokens, dtype=torch.bool)
+        return torch.nn.functional.pad(self.real, (0, num_tokens - self.real.shape[-1]), value=True)
+
+    def hide(self, visible: torch.Tensor) -> torch.Tensor | None:
+        """Which tokens a mask hides of those that were seen: for each position where it is counted from now on, -1 if it is
+        hidden, `[b, t]`; None: the mask hides nothing but padding. `visible`: bool `[b, t]`, by all t tokens seen.
+        """
+        real = self.real_of(visible.shape[-1])
+        stays = real & visible
+        if torch.equal(stays, real):
+            return None
+        self.real = stays
+        by_position = (~real).int().argsort(dim=-1, stable=True)  # of the tokens seen, those at positions 0, 1, …
+        return (stays.cumsum(-1) - 1).masked_fill(~stays, -1).gather(-1, by_position).int()
 
     def counts_by_head(self) -> torch.Tensor:
         """The policy's token counts in the form that its methods take, `[f, b, 1 or g, 1]`."""

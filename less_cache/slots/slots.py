@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 import torch
 
 from less_cache.errors import LESSError
+from less_cache.policies import EvictionPolicy
 from less_cache.slots.formats import SlotFormat, stored_name
 
 SPARE_SLOTS = 64  # free slots of a head that may still grow
@@ -211,6 +212,15 @@ class Slots:
     def drop(self, leaves: torch.Tensor) -> None:
         """Empty the slots that `leaves`, bool `[b, g, c]`."""
         self.positions.masked_fill_(self._flat(leaves), -1)
+
+    def renumber(self, policy: EvictionPolicy, moved: torch.Tensor) -> None:
+        """Count positions anew: the token at position p is at `moved[row, p]` now, `[b, t]`; -1: it leaves."""
+        columns = self.columns()
+        b, g, c = columns.positions.shape
+        at = columns.positions.clamp_min(0).long().view(b, g * c)
+        positions = moved.gather(-1, at).view(b, g, c).masked_fill(columns.positions < 0, -1)
+        self.positions.copy_(self._flat(positions))
+        self.set_scores(policy.renumbered(columns.scores, moved))
 
     # All of them at once
 
