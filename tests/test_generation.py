@@ -75,6 +75,7 @@ def drafting(model: PreTrainedModel, cache: LESSCache | None = None, draft_lengt
     draft.generation_config.num_assistant_tokens = draft_length
     draft.generation_config.num_assistant_tokens_schedule = "constant"
     draft.generation_config.assistant_confidence_threshold = 0
+    draft.generation_config.pad_token_id = 1000  # no token: the mask of a draft hides tokens of the padding's id, from any cache
     if cache is not None:
         cache.activate_past_recording()
         draft.generate = functools.partial(draft.generate, past_key_values=cache)

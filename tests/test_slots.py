@@ -189,7 +189,7 @@ def test_a_forked_and_a_loaded_cache_grow_as_well(tmp_path):
         for token in torch.randint(1, 97, (SPARE_SLOTS + 20, 1, 1)):
             expected = model(token, past_key_values=cache).logits
             for other in others:
-                torch.testing.assert_close(model(token, past_key_values=other).logits, expected, rtol=0, atol=1e-6)
+                torch.testing.assert_close(model(token, past_key_values=other).logits, expected, rtol=1e-4, atol=1e-5)
     assert others[2].layers[0].keys.shape[2] == 1001, "a static one has all slots at once"
 
 

@@ -215,12 +215,11 @@ class LESSCache(Cache):
         """Drop the seen tokens that the forward's mask hides, such as what was written after the end of a row."""
         visible, self.seen_mask = self.seen_mask, None
         less_layers = [layer for layer in self.layers if isinstance(layer, LESSLayer)]
-        if visible is None or less_layers[0].is_empty:
-            return
-        moved = less_layers[0].held.rows.hide(visible)
-        if moved is not None:
-            for layer in less_layers:
-                layer.forget(moved)
+        hidden = None
+        if visible is not None and not less_layers[0].is_empty:
+            hidden = less_layers[0].held.rows.hidden_by(visible)
+        for layer in less_layers:
+            layer.hidden = hidden  # dropped with the forward's tokens, once these are accepted
 
     def update_conv_state(self, conv_states: torch.Tensor, layer_idx: int, state_idx: int = 0, **kwargs) -> torch.Tensor:
         """Called by a model's linear attention."""

@@ -1,7 +1,7 @@
 """What a cache takes in memory."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -43,8 +43,11 @@ def measure(layers: Sequence[Any]) -> MemoryFootprint:
     keys_values = low_rank_state = bookkeeping = full_cache = 0
     for layer in layers:
         if not isinstance(layer, LESSLayer):
-            keys_values += (own := _bytes_of(vars(layer)))
-            full_cache += own
+            own = list(_tensors(vars(layer)))
+            held = sum(tensor.nbytes for tensor in own if tensor.dim() > 0)
+            bookkeeping += sum(tensor.nbytes for tensor in own) - held  # counters
+            keys_values += held
+            full_cache += held
             continue
         stored = layer.setup.format.names()
         for name, tensor in layer.allocated().items():
@@ -55,6 +58,8 @@ def measure(layers: Sequence[Any]) -> MemoryFootprint:
             else:
                 low_rank_state += tensor.nbytes
         bookkeeping += layer.recorded_bytes
+        if isinstance(layer.cumulative_length, torch.Tensor):
+            bookkeeping += layer.cumulative_length.nbytes
         if not layer.is_empty:
             slots = layer.held.slots
             bookkeeping += slots.host_bytes
@@ -63,10 +68,10 @@ def measure(layers: Sequence[Any]) -> MemoryFootprint:
     return MemoryFootprint(keys_values, low_rank_state, bookkeeping, full_cache)
 
 
-def _bytes_of(held: Any) -> int:
-    """Of all tensors in a layer's attributes."""
+def _tensors(held: Any) -> Iterator[torch.Tensor]:
+    """All tensors in a layer's attributes."""
     if isinstance(held, torch.Tensor):
-        return held.nbytes if held.dim() else 0  # but its counter
-    if isinstance(held, dict | list | tuple):
-        return sum(map(_bytes_of, held.values() if isinstance(held, dict) else held))
-    return 0
+        yield held
+    elif isinstance(held, dict | list | tuple):
+        for each in held.values() if isinstance(held, dict) else held:
+            yield from _tensors(each)

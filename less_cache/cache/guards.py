@@ -121,12 +121,15 @@ def seen_again(layer_idx: int, rows: Rows, position_ids: torch.Tensor | None, n:
 
 
 def check_continuation(
-    layer_idx: int, rows: Rows, real: torch.Tensor | None, position_ids: torch.Tensor | None, seen: int
+    layer_idx: int, tokens: torch.Tensor, real: torch.Tensor | None, position_ids: torch.Tensor | None, seen: int
 ) -> None:
-    """Raise where `generate` was given a prompt shorter than what was seen: it slices such a prompt silently."""
-    too_short = real is not None and not bool(real.any()) and bool((rows.seen > 0).any())  # a prompt may begin with padding
+    """Raise where `generate` was given a prompt shorter than what was seen: it slices such a prompt silently.
+
+    `tokens`: real ones that each row has seen, `[b]`; `seen`: padding included.
+    """
+    too_short = real is not None and not bool(real.any()) and bool((tokens > 0).any())  # a prompt may begin with padding
     if position_ids is not None and position_ids.dim() == 2:
-        behind = position_ids[:, -1] < rows.seen
+        behind = position_ids[:, -1] < tokens
         too_short = too_short or bool((behind if real is None else behind & real[:, -1]).any())
     if too_short:
         raise LESSError(

@@ -20,7 +20,7 @@ from less_cache.integration import hook
 from less_cache.memory import LayerMemory
 from less_cache.ops.call import AttentionCall
 from less_cache.policies import EvictionPolicy
-from less_cache.slots import Held, Setup, format_of
+from less_cache.slots import Held, Hidden, Setup, format_of
 
 
 class LESSLayer(HoldingLayer):
@@ -68,6 +68,7 @@ class LESSLayer(HoldingLayer):
         self.is_initialized = False
         self.record_past = False
         self._recording: Recording | None = None
+        self.hidden: Hidden | None = None  # what the present forward's mask hides of the tokens seen; the cache says it
         self._announced = False  # `update` came, attention has not read it yet
         self._open = False  # tokens are being taken in: after an exception nobody knows how far
 
@@ -118,12 +119,6 @@ class LESSLayer(HoldingLayer):
         """Raise for a call that attention cannot hand over; nothing was taken in."""
         self._announced = False
         raise LESSError(f"Layer {self.layer_idx}: {reason}")
-
-    @torch.inference_mode(False)
-    def forget(self, moved: torch.Tensor) -> None:
-        """Drop seen tokens that a mask hides, as `Rows.hide` says."""
-        self._recording = None
-        self._held.forget(self.setup.policy, moved.to(self._held.rows.seen.device))
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """The mask covers the new tokens alone, at their logical offset."""
@@ -202,6 +197,8 @@ class LESSLayer(HoldingLayer):
         if self.record_past and self._recording is None:
             self._recording = Recording(self)
         self._open = True
+        if self.hidden is not None:
+            self._forget(self.hidden)
         attended = self.take_in(call)
         self._record(call)
         self._open = False  # the one place that says so
@@ -236,8 +233,18 @@ class LESSLayer(HoldingLayer):
         if self.checks(n) and attention_mask is not None:
             guards.check_seen_columns(self.layer_idx, rows, attention_mask, n, int(self.cumulative_length))
         if self.checks(n) and not self.is_empty:
-            guards.check_continuation(self.layer_idx, rows, real, position_ids, self.cumulative_length)
+            seen = rows.seen if self.hidden is None else self.hidden.seen
+            guards.check_continuation(self.layer_idx, seen, real, position_ids, self.cumulative_length)
         return AttentionCall.of(states, attention_mask, real, scaling, kwargs), again
+
+    def _forget(self, hidden: Hidden) -> None:
+        """Drop seen tokens that the forward's mask hides."""
+        self._recording = None  # it would bring them back
+        self._held.forget(self.setup.policy, hidden)
+        if self.leads:
+            self._held.rows.real = hidden.stays
+            self._hold(self._held)
+        self.hidden = None
 
     def _check_reader(self, module: torch.nn.Module) -> None:
         """Raise where another model reads the layer than before; a model that is gone is not missed."""

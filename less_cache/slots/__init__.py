@@ -2,8 +2,8 @@
 
 from less_cache.slots.formats import FORMATS, SlotFormat, format_of
 from less_cache.slots.held import Held
-from less_cache.slots.rows import Rows
+from less_cache.slots.rows import Hidden, Rows
 from less_cache.slots.setup import Setup
 from less_cache.slots.slots import Columns, Slots
 
-__all__ = ["FORMATS", "Columns", "Held", "Rows", "Setup", "SlotFormat", "Slots", "format_of"]
+__all__ = ["FORMATS", "Columns", "Held", "Hidden", "Rows", "Setup", "SlotFormat", "Slots", "format_of"]

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from less_cache.policies import EvictionPolicy
-from less_cache.slots.rows import Rows
+from less_cache.slots.rows import Hidden, Rows
 from less_cache.slots.setup import Setup
 from less_cache.slots.slots import Slots
 
@@ -40,12 +40,10 @@ class Held:
         if self.slots.room is not None:
             self.slots.room -= 1
 
-    def forget(self, policy: EvictionPolicy, moved: torch.Tensor) -> None:
-        """Drop the tokens that `Rows.hide` hides, and count the others anew; in place. What was folded in stays there."""
-        self.slots.renumber(policy, moved)
-        positions = torch.arange(moved.shape[-1], device=moved.device)
-        gone = (moved < 0) & (positions < self.rows.seen.unsqueeze(-1))
-        self.rows.seen -= gone.sum(-1)
+    def forget(self, policy: EvictionPolicy, hidden: Hidden) -> None:
+        """Drop the tokens that are hidden, and count the others anew, in place. What was folded in stays there."""
+        self.slots.renumber(policy, hidden.moved)
+        self.rows.seen.copy_(hidden.seen)
 
     def map(self, change: Callable[[str, torch.Tensor], torch.Tensor]) -> "Held":
         """The same with every tensor changed, by its name; shapes stay."""

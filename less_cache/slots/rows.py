@@ -10,6 +10,19 @@ import torch
 from less_cache.policies import EvictionPolicy
 
 
+@dataclasses.dataclass(frozen=True)
+class Hidden:
+    """What a mask leaves of the tokens seen."""
+
+    stays: torch.Tensor  # [b, t] bool, of all t tokens seen, padding included, those that are real and not hidden
+    moved: torch.Tensor  # [b, t] int32, for each position of a token seen where it is counted from now on; -1: hidden
+
+    @property
+    def seen(self) -> torch.Tensor:
+        """Tokens of each row that are left, `[b]`."""
+        return self.stays.sum(-1)
+
+
 @dataclasses.dataclass
 class Rows:
     """Counters of each row: tokens seen, and the policy's token counts, which stay once its prompt is over.
@@ -57,7 +70,8 @@ class Rows:
 
     def remember_padding(self, tokens: torch.Tensor, before: int) -> None:
         """Note which tokens of a block are real, bool `[b, n]`, that came after `before` others, padding included."""
-        self.real = torch.cat([self.real_of(before), tokens], dim=-1)
+        if not bool(tokens.all()):
+            self.real = torch.cat([self.real_of(before), tokens], dim=-1)
 
     def real_of(self, num_tokens: int) -> torch.Tensor:
         """Which of the first `num_tokens` tokens, padding included, are real: bool `[b, num_tokens]`."""
@@ -65,17 +79,14 @@ class Rows:
             return self.seen.new_ones(len(self.seen), num_tokens, dtype=torch.bool)
         return torch.nn.functional.pad(self.real, (0, num_tokens - self.real.shape[-1]), value=True)
 
-    def hide(self, visible: torch.Tensor) -> torch.Tensor | None:
-        """Which tokens a mask hides of those that were seen: for each position where it is counted from now on, -1 if it is
-        hidden, `[b, t]`; None: the mask hides nothing but padding. `visible`: bool `[b, t]`, by all t tokens seen.
-        """
+    def hidden_by(self, visible: torch.Tensor) -> Hidden | None:
+        """What a mask hides of the tokens seen, `visible` bool `[b, t]`, of all t; None: nothing but padding."""
         real = self.real_of(visible.shape[-1])
         stays = real & visible
         if torch.equal(stays, real):
             return None
-        self.real = stays
         by_position = (~real).int().argsort(dim=-1, stable=True)  # of the tokens seen, those at positions 0, 1, …
-        return (stays.cumsum(-1) - 1).masked_fill(~stays, -1).gather(-1, by_position).int()
+        return Hidden(stays, (stays.cumsum(-1) - 1).masked_fill(~stays, -1).gather(-1, by_position).int())
 
     def counts_by_head(self) -> torch.Tensor:
         """The policy's token counts in the form that its methods take, `[f, b, 1 or g, 1]`."""
