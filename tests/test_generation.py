@@ -20,7 +20,9 @@ each_policy = pytest.mark.parametrize("policy", POLICIES, ids=repr)
 
 @pytest.fixture(scope="module")
 def model() -> PreTrainedModel:
-    return tiny_llama()
+    made = tiny_llama()
+    made.generation_config.pad_token_id = 1000  # no token: a draft's mask hides what has the padding's id, from any cache
+    return made
 
 
 @pytest.fixture
@@ -75,7 +77,6 @@ def drafting(model: PreTrainedModel, cache: LESSCache | None = None, draft_lengt
     draft.generation_config.num_assistant_tokens = draft_length
     draft.generation_config.num_assistant_tokens_schedule = "constant"
     draft.generation_config.assistant_confidence_threshold = 0
-    draft.generation_config.pad_token_id = 1000  # no token: the mask of a draft hides tokens of the padding's id, from any cache
     if cache is not None:
         cache.activate_past_recording()
         draft.generate = functools.partial(draft.generate, past_key_values=cache)
