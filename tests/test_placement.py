@@ -12,7 +12,7 @@ from torch import distributed
 from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.distributed.configuration_utils import DistributedConfig
 
-from less_cache import CORM, H2O, LESSCache, LESSKernels, SinkRecent
+from less_cache import CORM, H2O, LESSCache, LESSError, LESSKernels, SinkRecent
 from less_cache.cache.layer import LESSLayer
 
 NEW = 6
@@ -94,7 +94,16 @@ def parallel_worker(rank: int, folder: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder, distributed_config=DistributedConfig(tp_plan="auto")).eval()
     cache = LESSCache(model, H2O(4, 3), LESSKernels.from_pretrained(folder))
     generated = generate(model, cache, torch.arange(1, 31)[None])
-    torch.save((generated, next_logits(model, cache), cache.layers[1].keys.shape), folder / f"generated-{rank}.pt")
+    cache.save(folder / f"cache-{rank}")
+    loaded = LESSCache.load(folder / f"cache-{rank}", model, cache.kernels)
+    try:
+        LESSCache.load(folder / f"cache-{1 - rank}", model, cache.kernels)
+        others = "loaded"
+    except LESSError as error:  # with other heads
+        others = str(error)
+    logits = next_logits(model, cache)
+    assert torch.equal(next_logits(model, loaded), logits)
+    torch.save((generated, logits, cache.layers[1].keys.shape, others), folder / f"generated-{rank}.pt")
     distributed.destroy_process_group()
 
 
@@ -109,7 +118,8 @@ def test_two_processes_equal_one(tmp_path):
     assert not torch.equal(expected, generate(model, DynamicCache(config=model.config), prompt))
     torch.multiprocessing.start_processes(parallel_worker, args=(tmp_path,), nprocs=2, start_method="spawn")
     for rank in range(2):
-        generated, logits, shape = torch.load(tmp_path / f"generated-{rank}.pt")
+        generated, logits, shape, others = torch.load(tmp_path / f"generated-{rank}.pt")
         assert torch.equal(generated, expected)
         torch.testing.assert_close(logits, expected_logits, atol=1e-4, rtol=1e-4)
         assert shape == (1, 1, 4 + 3 + 1, 8)  # one of two KV heads
+        assert "another model" in others

@@ -4,15 +4,16 @@ import dataclasses
 import functools
 import hashlib
 import warnings
+from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from less_cache.errors import LESSError
 from less_cache.integration import hook
+from less_cache.integration.weights import Unreadable, Weights, bytes_of, parts, unwrapped, whole
 
 # Each passes tests/test_models.py; docs/models.md is the table of it.
 # fmt: off
@@ -50,6 +51,8 @@ REFUSED = {
     "mllama_text_model": "its cross-attention reads the image's keys from the cache itself",
     "moonshine": "its attention pads keys and values after the cache returned them",
 }
+
+SIGNS = 64  # of a matrix, in the fingerprint of a model without norms that have weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,24 +130,65 @@ def warn_untested(model_type: str) -> None:
         )
 
 
-def unwrapped(model: Any) -> Any:
-    """The model inside of what torch.compile or PEFT made of it."""
-    model = getattr(model, "_orig_mod", model)
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+def fingerprint(model: PreTrainedModel, through: torch.dtype | None = None) -> str | None:
+    """Identity of a base model's weights: a digest of its one-dimensional parameters in bfloat16, and its geometry.
 
+    Norm weights survive conversion and weight quantisation, so a GGUF file and the original agree; another training run
+    differs. Independent of the model's path, and of adapters on it, whose own parameters are left out; of norms that an
+    adapter has trained, the originals count. Biases that an adapter trains in place (`bias="all"`) make another model.
 
-def fingerprint(model: PreTrainedModel) -> str:
-    """Identity of a model's weights: a digest of its one-dimensional parameters in bfloat16, and its geometry.
+    A model without any such parameter is known by the signs of some elements of each matrix. They survive a copy in
+    bfloat16 or float16, but not quantisation, nor adapters that are merged in.
 
-    Norm weights survive conversion and weight quantisation, so a GGUF file and the original agree; another
-    training run differs. Independent of the model's path.
+    Args:
+        model: The model, as it is or wrapped by PEFT or torch.compile. Offloaded weights are read where they are.
+        through: Round to this type first: the fingerprint of such a copy.
+
+    Returns:
+        64 hex digits, or None where a weight cannot be read: it is on the meta device, and accelerate does not know it.
     """
-    digest = hashlib.sha256()
-    config = model.config.get_text_config(decoder=True)
-    digest.update(f"{config.model_type} {geometry(config)} {config.vocab_size}".encode())
-    for parameter in model.parameters():
-        if parameter.dim() == 1:
-            # Under tensor parallelism a process has a piece of some biases.
-            whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
-            digest.update(whole.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes())
+    weights = Weights(model)
+    parameters = list(weights.of_the_base())
+    vectors = [parameter for parameter in parameters if parameter.dim() == 1]
+    try:
+        digest = _digest_of_vectors(unwrapped(model).config, map(weights.read, vectors), through)
+        if not vectors:
+            for matrix in parameters:
+                digest.update(_signs(weights.read(matrix)))
+    except Unreadable:
+        return None
     return digest.hexdigest()
+
+
+def fingerprint_with_adapters(model: PreTrainedModel) -> str | None:
+    """As `fingerprint`, but of one-dimensional parameters alone, and with the adapters': as saved caches always had it."""
+    vectors = map(Weights(model).read, (parameter for parameter in model.parameters() if parameter.dim() == 1))
+    try:
+        return _digest_of_vectors(model.config, vectors).hexdigest()
+    except Unreadable:
+        return None
+
+
+def is_rounded_twice(model: PreTrainedModel) -> bool:
+    """Whether the model may be a float16 copy of another: then bfloat16 of its norms may not be the other's."""
+    weights = Weights(model)
+    vectors = (weights.read(each) for each in weights.of_the_base() if each.dim() == 1 and each.dtype == torch.float16)
+    return any(not torch.equal(each.to(torch.bfloat16).to(torch.float16), each) for each in map(whole, vectors))
+
+
+def _digest_of_vectors(config: PreTrainedConfig, vectors: Iterable[torch.Tensor], through: torch.dtype | None = None) -> Any:
+    digest = hashlib.sha256()
+    config = config.get_text_config(decoder=True)
+    digest.update(f"{config.model_type} {geometry(config)} {config.vocab_size}".encode())
+    for vector in map(whole, vectors):
+        digest.update(bytes_of(vector.to("cpu").to(through or vector.dtype).to(torch.bfloat16)))
+    return digest
+
+
+def _signs(matrix: torch.Tensor) -> bytes:
+    """Signs of `SIGNS` elements at fixed places."""
+    signs = b""
+    for part in parts(whole(matrix)):
+        elements = part.reshape(-1)
+        signs += bytes_of(elements[:: max(1, len(elements) // SIGNS)][:SIGNS].signbit())
+    return signs

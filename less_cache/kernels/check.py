@@ -1,10 +1,15 @@
 """Whether kernels belong to a model."""
 
+import logging
+
+import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from less_cache.errors import LESSError
-from less_cache.integration.families import Geometry, fingerprint, geometry
+from less_cache.integration.families import Geometry, fingerprint, geometry, is_rounded_twice
 from less_cache.kernels.kernels import LESSKernels
+
+logger = logging.getLogger(__name__)
 
 
 def check_kernels(
@@ -31,11 +36,24 @@ def check_kernels(
             f"The kernels are for another architecture: expected {model_type!r}, got {described.model_type!r}. "
             "Use kernels that were trained for this model."
         )
-    wanted = described.base_model_fingerprint
-    readable = model is not None and not any(parameter.is_meta for parameter in model.parameters())  # not offloaded
-    if wanted is not None and model is not None and readable and (actual := fingerprint(model)) != wanted:
-        raise LESSError(
-            f"The kernels are for another base model: they were trained for {described.base_model!r} "
-            f"(fingerprint {wanted[:12]}…), the model's fingerprint is {actual[:12]}…. "
-            "If it is a derivative on purpose, set kernels.config.base_model_fingerprint = None."
+    if model is not None and described.base_model_fingerprint is not None:
+        check_base_model(described.base_model, described.base_model_fingerprint, model)
+
+
+def check_base_model(name: str | None, wanted: str, model: PreTrainedModel) -> None:
+    """Raise unless the model is that of the fingerprint, or a copy of it in another type, as far as that can be told."""
+    actual = fingerprint(model)
+    if actual is None or wanted in (actual, fingerprint(model, through=torch.float16)):  # they may have seen a float16 copy
+        return
+    if is_rounded_twice(model):
+        logger.warning(
+            "The kernels were trained for %s. Whether this model is a float16 copy of it cannot be told from weights that "
+            "were rounded: only the geometry was compared. Load the model in float32 or bfloat16 once to make sure.",
+            name or "a model without a name",
         )
+        return
+    raise LESSError(
+        f"The kernels are for another base model: they were trained for {name!r} "
+        f"(fingerprint {wanted[:12]}…), the model's fingerprint is {actual[:12]}…. "
+        "If it is a derivative on purpose, set kernels.config.base_model_fingerprint = None."
+    )
