@@ -195,6 +195,18 @@ def test_kernels_made_under_another_default_type_are_the_same():
             torch.testing.assert_close(made[name], tensor)
 
 
+def test_autocast_in_one_call_and_not_in_the_next():
+    model = tiny_llama()
+    cache = LESSCache(model, LARGE)
+    with torch.autocast("cpu", torch.bfloat16):
+        read(model, cache, PROMPT)
+        expected = read(model, cache.fork(), NEXT)
+    with pytest.raises(LESSError, match=r"expected keys of type torch\.bfloat16, as in the turns before, got torch\.float32"):
+        read(model, cache, NEXT)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(read(model, cache, NEXT), expected), "nothing was lost"
+
+
 # Wrapped models
 
 

@@ -108,6 +108,7 @@ def test_sizes_by_layer(monkeypatch):
     """Also in the share of the heads that one of two processes has."""
     config = LESSConfig(4, H, G, D, layers=[3, 1], rank=[R, R + 2], hidden_size=[M + 1, M])
     kernels = LESSKernels(config)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
     for index, hidden_size, rank in ((3, M + 1, R), (1, M, R + 2)):
         layer = fill(kernels.for_layer(index), torch.Generator().manual_seed(0))

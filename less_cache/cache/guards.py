@@ -33,6 +33,15 @@ def check_batch(layer_idx: int, rows: Rows, batch: int) -> None:
         )
 
 
+def check_dtype(layer_idx: int, expected: torch.dtype, got: torch.dtype) -> None:
+    """Raise where keys come in another type than in the turns before, as with autocast in some calls alone."""
+    if got != expected:
+        raise LESSError(
+            f"Layer {layer_idx}: expected keys of type {expected}, as in the turns before, got {got}. Use the same model and the "
+            "same autocast in every call, or call cache.reset()."
+        )
+
+
 def check_attention(layer_idx: int, module: torch.nn.Module, dropout: float, kwargs: dict) -> None:
     """Raise where attention is asked for something that a LESSCache does not do."""
     where = f"Layer {layer_idx} ({type(module).__name__})"

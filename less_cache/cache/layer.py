@@ -98,6 +98,7 @@ class LESSLayer(HoldingLayer):
             with torch.inference_mode(False):
                 self.lazy_initialization(key_states, value_states)
         guards.check_batch(self.layer_idx, self._held.rows, key_states.shape[0])
+        guards.check_dtype(self.layer_idx, self.dtype, key_states.dtype)
         self._announced = True
         return hook.tag(key_states, self), value_states
 
