@@ -57,8 +57,8 @@ def assert_agree(
 ) -> LESSLayer:
     """The same tokens to two layers, of which one takes every step in the fused form; that one.
 
-    `real` `[b, prompt + steps]`: which tokens are not padding; in the prompt alone, without `real_steps`. `shares` `[g]`: of the
-    policy's budget, by KV head. `bias`: every slot, empty ones too, gets a bias after the prompt.
+    `real` `[b, prompt + steps]`: which tokens are not padding; in the prompt alone, without `real_steps`. `shares` `[g]`: what
+    KV heads get of the budget, as in `Setup`. `bias`: after the prompt every slot has one, the empty ones too.
     """
     states = states or tiny.random_states(b, s * g, g, prompt + steps, d)
     states = tuple(each.to(dtype) for each in states)

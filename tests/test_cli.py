@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import datasets
 import pytest
@@ -86,7 +87,57 @@ def test_demo_asks_the_catalogue(model, text, tmp_path, monkeypatch):
 def test_demo_of_a_model_without_kernels_shows_the_untrained_state(model, text, monkeypatch):
     monkeypatch.setattr(catalogue, "PATHS", ())
     result = run("demo", "--model", model, "--prompt-file", text, "--max-new-tokens", 1, "--budget", 12)
-    assert result.exit_code == 0 and "\nkernels  untrained\n" in result.output and "LESS on h2o" in result.output, result.output
+    assert result.exit_code == 0, result.output
+    assert "\nkernels  none for this model: the untrained state is shown\n" in result.output
+    assert "untrained state on h2o" in result.output and "LESS" not in result.output
+
+
+PERPLEXITIES = {  # full cache, policy alone, policy with equal bytes, the state: what is said
+    (10, 20, 18, 15): "Of the perplexity that h2o loses, the untrained state wins back 50%.",
+    (10, 20, 14, 15): "h2o, equal bytes wins here: perplexity 14.00, untrained state on h2o 15.00.",
+    (10, 20, 25, 30): "h2o alone wins here: perplexity 20.00, untrained state on h2o 30.00.",
+    (10, 9, 9, 8): "h2o loses nothing on this text: there is nothing to win back.",
+    (10, 9, 8, 8): "h2o, equal bytes wins here: perplexity 8.00, untrained state on h2o 8.00.",
+}
+
+
+@pytest.mark.parametrize("perplexities", PERPLEXITIES)
+def test_demo_says_who_wins(perplexities):
+    labels = ("full cache", "h2o alone", "h2o, equal bytes", "untrained state on h2o")
+    rows = [demo.Measurement(label, 1, 1.0, float(each)) for label, each in zip(labels, perplexities, strict=True)]
+    assert demo.verdict("h2o", "the untrained state", rows) == PERPLEXITIES[perplexities]
+
+
+@pytest.mark.parametrize("perplexities", [(10, 20, 14, 15), (10, 20, 18, 15)])
+@pytest.mark.parametrize("trained", [False, True])
+def test_demo_claims_no_share_where_equal_bytes_win(model, text, tmp_path, monkeypatch, perplexities, trained):
+    """Whichever state it is: the last line is about the one that wins."""
+    monkeypatch.setattr(catalogue, "PATHS", ())
+    tiny.tiny_kernels(tiny.tiny_llama()).save_pretrained(tmp_path / "kernels")
+    measured = iter(perplexities)
+    monkeypatch.setattr(demo, "score", lambda *given: (float(next(measured)), 1.0))
+    kernels = ("--kernels", tmp_path / "kernels") if trained else ()
+    result = run("demo", "--model", model, "--prompt-file", text, "--max-new-tokens", 1, "--budget", 12, *kernels)
+    assert result.exit_code == 0, result.output
+    last = result.stdout.splitlines()[-1]
+    if perplexities[2] < perplexities[3]:
+        state = "LESS" if trained else "untrained state"
+        assert last == f"h2o, equal bytes wins here: perplexity 14.00, {state} on h2o 15.00."
+    else:
+        state = "LESS" if trained else "the untrained state"
+        assert last == f"Of the perplexity that h2o loses, {state} wins back 50%."
+
+
+@pytest.mark.parametrize("prompts", ["512", [], ["512"], [512, True], {"longest": 512}, 512, [0]], ids=repr)
+def test_demo_of_kernels_that_say_something_else_of_prompts(model, text, tmp_path, prompts):
+    kernels = tiny.tiny_kernels(tiny.tiny_llama())
+    kernels.config.training = {"prompts": prompts}
+    kernels.save_pretrained(tmp_path / "kernels")
+    words = ("demo", "--model", model, "--kernels", tmp_path / "kernels", "--prompt-file", text, "--max-new-tokens", 1)
+    result = run(*words)
+    assert result.exit_code == 1 and "expected training.prompts to be a list of prompt lengths, got" in result.stderr
+    assert "Pass --prompt-tokens" in result.stderr and "Traceback" not in result.stderr
+    assert run(*words, "--prompt-tokens", 100).exit_code == 0
 
 
 def test_demo_without_kernels_says_so(model, text):
@@ -196,37 +247,162 @@ def test_train_on_own_text(model, tmp_path, stages):
     assert again.exit_code == 1 and "already holds kernels" in again.stderr
 
 
-def test_a_run_stopped_after_its_last_file_is_finished(model, text, tmp_path, monkeypatch):
-    words = (
-        "train",
-        model,
-        "--data",
-        text,
-        "--prompt-length",
-        8,
-        "--joint-steps",
-        1,
-        "--sequences",
-        2,
-        "--output",
-        tmp_path / "out",
-    )
+STEPS = ("--prompt-length", 8, "--joint-steps", 1, "--layerwise-steps", 1, "--sequences", 2, "--hidden-size", 4)
 
-    remove = shutil.rmtree
 
-    def stop(folder, *args, **kwargs):
-        if Path(folder).name == "work":
-            (folder / "run.json").unlink()  # the first that goes
-            raise KeyboardInterrupt
-        remove(folder, *args, **kwargs)
+@pytest.fixture
+def stopped(model, text, tmp_path, monkeypatch):
+    """Words of a training command that was stopped with its last file written, before it removed anything."""
+    words = ("train", model, "--data", text, "--output", tmp_path / "out", *STEPS)
+    with monkeypatch.context() as patched:
+        patched.setattr(command, "remove", mock.Mock(side_effect=KeyboardInterrupt))
+        assert run(*words).exit_code != 0
+    assert (tmp_path / "out" / "less_config.json").exists() and (tmp_path / "out" / "work" / "run.json").exists()
+    return words
+
+
+@pytest.mark.parametrize("at", range(5))
+def test_a_run_stopped_after_its_last_file_is_finished(stopped, tmp_path, monkeypatch, at):
+    """At whichever part of its work it was removing, the folder itself included."""
+    work, done = tmp_path / "out" / "work", []
+
+    def stopping(remove):
+        def removing(path, **options):
+            if Path(path).is_relative_to(work) and (Path(path) == work or Path(path).parent == work):
+                if len(done) == at:
+                    raise KeyboardInterrupt
+                done.append(path)
+            return remove(path, **options)
+
+        return removing
 
     with monkeypatch.context() as patched:
-        patched.setattr(shutil, "rmtree", stop)
-        assert run(*words).exit_code != 0
-    assert (tmp_path / "out" / "work").exists()
-    again = run(*words)
-    assert again.exit_code == 0 and "is finished" in again.output
-    assert not (tmp_path / "out" / "work").exists() and LESSKernels.from_pretrained(tmp_path / "out")
+        patched.setattr(shutil, "rmtree", stopping(shutil.rmtree))
+        patched.setattr(Path, "unlink", stopping(Path.unlink))
+        patched.setattr(Path, "rmdir", stopping(Path.rmdir))
+        assert run(*stopped).exit_code != 0
+    assert work.exists() and len(done) == at
+    again = run(*stopped)
+    assert again.exit_code == 0 and "is finished" in again.output, again.output
+    assert not work.exists() and LESSKernels.from_pretrained(tmp_path / "out")
+
+
+def files_below(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+OTHERS = {
+    "a dry run": lambda words, folder: (*words, "--dry-run"),
+    "another model": lambda words, folder: ("train", folder / "another", *words[2:]),
+    "no model at all": lambda words, folder: ("train", folder / "absent", *words[2:]),
+    "other options": lambda words, folder: (*words, "--seed", 1),
+    "other steps of the joint stage": lambda words, folder: (*words, "--joint-steps", 2),
+    "other texts": lambda words, folder: (*words, "--data", "self"),
+    "another type": lambda words, folder: (*words, "--dtype", "bfloat16"),
+}
+
+
+@pytest.mark.parametrize("change", OTHERS.values(), ids=OTHERS)
+def test_another_command_removes_nothing(stopped, tmp_path, change):
+    """Neither of a finished set's work nor of anything else."""
+    tiny.tiny_llama(seed=1).save_pretrained(tmp_path / "another")
+    before = files_below(tmp_path / "out")
+    result = run(*change(stopped, tmp_path))
+    assert result.exit_code == 1 and "already holds kernels. Choose another output folder" in result.stderr, result.output
+    assert files_below(tmp_path / "out") == before
+
+
+def say_another_model(work: Path) -> None:
+    described = json.loads((work / "run.json").read_text())
+    (work / "run.json").write_text(json.dumps({**described, "model": "0" * 64}))
+
+
+STRANGERS = {
+    "no run's": lambda work: (work / "run.json").unlink(),
+    "another model's run": say_another_model,
+    "unreadable": lambda work: (work / "run.json").write_text("{"),
+}
+
+
+@pytest.mark.parametrize("change", STRANGERS.values(), ids=STRANGERS)
+def test_work_of_another_run_beside_finished_kernels_stays(stopped, tmp_path, change):
+    change(tmp_path / "out" / "work")
+    before = files_below(tmp_path / "out")
+    result = run(*stopped)
+    assert result.exit_code == 1 and "Choose another output folder" in result.stderr and "Traceback" not in result.output
+    assert files_below(tmp_path / "out") == before
+
+
+def test_a_finished_folder_with_a_folder_work_of_the_user(model, text, tmp_path):
+    """Kernels from somewhere else, and notes beside them."""
+    out = tmp_path / "out"
+    tiny.tiny_kernels(tiny.tiny_llama()).save_pretrained(out)
+    (out / "work").mkdir()
+    (out / "work" / "notes.txt").write_text("mine")
+    before = files_below(out)
+    for more in ((), ("--dry-run",)):
+        result = run("train", model, "--data", text, "--output", out, *STEPS, *more)
+        assert result.exit_code == 1 and "already holds kernels" in result.stderr
+    assert files_below(out) == before
+
+
+def test_a_folder_work_that_no_run_began_is_not_taken(model, text, tmp_path):
+    work = tmp_path / "out" / "work"
+    for name in ("notes.txt", "layers/mine.txt"):
+        (work / name).parent.mkdir(parents=True, exist_ok=True)
+        (work / name).write_text("mine")
+    result = run("train", model, "--data", text, "--output", tmp_path / "out", *STEPS)
+    assert result.exit_code == 1 and "got one with layers, notes.txt and without run.json" in result.stderr, result.output
+    assert files_below(tmp_path / "out") == {"work/notes.txt": b"mine", "work/layers/mine.txt": b"mine"}
+
+
+def test_a_run_removes_what_it_made_and_nothing_else(model, text, tmp_path, monkeypatch):
+    """Files put into `work/`, another run below the folder, and drafts of both; what its own killed process left goes."""
+    out, others = tmp_path / "out", {}
+    train = command.train
+
+    def meanwhile(*given):
+        kernels = train(*given)
+        (out / "work" / "layers" / ".saving-of-a-killed-process").mkdir()
+        for name in ("work/notes.txt", "other/work/run.json", "other/work/.saving-x/half", ".saving-y/half"):
+            (out / name).parent.mkdir(parents=True, exist_ok=True)
+            (out / name).write_text(name)
+            others[name] = name.encode()
+        return kernels
+
+    monkeypatch.setattr(command, "train", meanwhile)
+    result = run("train", model, "--data", text, "--output", out, *STEPS)
+    assert result.exit_code == 0, result.output
+    assert "work stays: this run did not make notes.txt." in result.output.replace("\n", "")
+    made = {"less_config.json", "less_kernels.safetensors", "training.png", "training_log.json"}
+    assert {name: content for name, content in files_below(out).items() if name not in made} == others
+
+
+@pytest.mark.parametrize("place", ["", "work", "work/layers", "below/work"])
+def test_a_draft_that_a_living_process_writes_stays(model, text, tmp_path, monkeypatch, place):
+    """A second run begins while the first saves: it takes nothing away."""
+    out, train, seen = tmp_path / "out", command.train, []
+    words = ("train", model, "--data", text, "--output", out, *STEPS)
+    draft = out / place / ".saving-living"
+
+    def stopping(*given):
+        train(*given)
+        seen.append(draft.exists())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "train", stopping)
+    assert run(*words).exit_code != 0
+    draft.mkdir(parents=True)
+    assert run(*words).exit_code != 0
+    assert seen == [False, True]
+
+
+def test_a_share_that_is_no_number_is_null_in_the_log_and_shown(model, text, tmp_path, monkeypatch):
+    monkeypatch.setattr("less_cache.training.layerwise.LayerTask.error_left", lambda *given: float("nan"))
+    result = run("train", model, "--data", text, "--output", tmp_path / "out", *STEPS)
+    assert result.exit_code == 0 and "nan" in result.output, result.output
+    log = (tmp_path / "out" / "training_log.json").read_text()
+    assert '"before": null, "after": null' in log and "NaN" not in log
 
 
 def test_a_dry_run_says_what_it_takes_and_writes_nothing(model, text, tmp_path):
@@ -291,6 +467,32 @@ def test_a_report_names_no_folders(model, tmp_path):
     report = json.loads(result.stdout)
     assert (report["model"], report["kernels"]) == ("model", "kernels") and str(tmp_path) not in result.stdout
     assert report["kernels_sha256"] == LESSKernels.from_pretrained(tmp_path / "kernels").config.sha256
+
+
+def test_paths_in_the_user_s_folder(model, text, tmp_path, monkeypatch):
+    """`~` where a shell leaves it alone: after `--output=`, and in a program's list of arguments."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    lengths = ("--sequences", 2, "--prompt-length", 40, "--decoded", 8)
+    files = ("--output=~/report.json", "--plot=~/plot.png")
+    commands = (
+        ("train", "~/model", "--data", "~/text.txt", "--output", "~/kernels", *STEPS),
+        ("eval", "perplexity", "~/model", "--data", "~/text.txt", "--kernels", "~/kernels", "--budget", 8, *lengths, *files),
+        ("eval", "perplexity", "~/model", "--data=~/text.txt", "--budget", 8, *lengths, "--known", "~/report.json"),
+        ("bench", "memory", "~/model", "--kernels", "~/kernels", "--context", 8, "--output", "~/bench.json"),
+        ("demo", "--model", "~/model", "--kernels", "~/kernels", "--prompt-file", "~/text.txt", "--max-new-tokens", 1),
+        ("info", "~/kernels"),
+        ("verify", "~/kernels", "--model", "~/model"),
+        ("pull", "~/kernels", "--output", "~/copy"),
+        ("card", "~/copy", "--report", "prose=~/report.json", "--base-model", "org/tiny"),
+        ("push", "~/copy", "org/kernels", "--dry-run"),
+    )
+    for words in commands:
+        result = run(*words)
+        assert result.exit_code == 0, (words, result.output)
+    assert not (tmp_path / "~").exists()
+    written = ("report.json", "plot.png", "bench.json", "kernels/less_config.json", "copy/README.md")
+    assert all((tmp_path / name).exists() for name in written)
 
 
 BAD = {

@@ -136,6 +136,50 @@ def test_not_a_config(text):
         LESSConfig.from_json(text)
 
 
+@pytest.mark.parametrize("depth", [60, 400])
+@pytest.mark.parametrize("name", ["training", "metrics", "policy"])
+def test_entries_nested_without_end(name, depth):
+    """Less deep than the reader of JSON goes, deeper than what works with the config afterwards."""
+    nested = {"name": "h2o"}
+    for _ in range(depth):
+        nested = {"name": [nested]}
+    with pytest.raises(LESSError, match=r"less_config\.json: expected JSON of at most 100 levels"):
+        LESSConfig.from_json(json.dumps({**SIZES, name: nested}))
+    with pytest.raises(LESSError, match="expected JSON of at most 100 levels"):
+        LESSConfig(**SIZES, **{name: nested}).to_json()
+
+
+def test_a_few_levels_are_none_too_many():
+    nested = {"value": 1}
+    for _ in range(40):
+        nested = {"deeper": [nested]}
+    config = LESSConfig(**SIZES, metrics=nested)
+    assert LESSConfig.from_json(config.to_json()).metrics == nested
+
+
+def refuse(constant):
+    raise AssertionError(f"{constant} is no JSON")
+
+
+NOT_NUMBERS = {"perplexity": float("nan"), "bytes": [float("inf"), 3.5], "gap": {"recovered": float("-inf")}}
+
+
+def test_figures_that_are_no_number_are_null():
+    """As JSON has it, which knows neither NaN nor infinity."""
+    text = LESSConfig(**SIZES, metrics=NOT_NUMBERS, training=NOT_NUMBERS).to_json()
+    entries = json.loads(text, parse_constant=refuse)
+    assert entries["metrics"] == entries["training"] == {"perplexity": None, "bytes": [None, 3.5], "gap": {"recovered": None}}
+
+
+def test_older_files_with_nan_are_read():
+    """As older versions wrote them: figures are None, a size is an error."""
+    metrics = '{"perplexity": NaN, "bytes": [Infinity, -Infinity, 1e999]}'
+    config = LESSConfig.from_json(json.dumps({**SIZES, "metrics": {}})[:-3] + metrics + "}")
+    assert config.metrics == {"perplexity": None, "bytes": [None, None, None]}
+    with pytest.raises(LESSError, match="expected head_dim to be an int"):
+        LESSConfig.from_json(json.dumps({**SIZES, "head_dim": float("nan")}))
+
+
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.sampled_from(FIELDS)
 VALUES = st.recursive(
     SCALARS,
@@ -152,6 +196,7 @@ def accepts(text: str) -> bool:
         assert str(error)
         return False
     assert LESSConfig.from_json(config.to_json()).to_json() == config.to_json()
+    json.loads(config.to_json(), parse_constant=refuse)
     return True
 
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from tiny import tiny_kernels, tiny_llama
 
-from less_cache import LESSConfig, LESSError, LESSKernels
+from less_cache import H2O, LESSCache, LESSConfig, LESSError, LESSKernels
 from less_cache.kernels.config import FORMAT_VERSION
 from less_cache.kernels.folder import CONFIG_NAME, WEIGHTS_NAME
 
@@ -148,6 +148,21 @@ def test_every_format_keeps_loading(version):
     sizes = {} if version == 1 else {"rank": [2, 3], "hidden_size": [5, 4]}
     expected = small_kernels(seed=version, **sizes).state_dict()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in kernels.state_dict().items())
+
+
+def test_the_user_s_folder(folder, monkeypatch):
+    """`~`, which only a shell would read otherwise; a folder that is really called so is found from where it is."""
+    monkeypatch.setenv("HOME", str(folder.parent))
+    name = f"~/{folder.name}"
+    kernels = LESSKernels.from_pretrained(name)
+    assert kernels.source == str(folder)
+    assert LESSCache.from_pretrained(Path(name), tiny_llama(), H2O(2, 2)).kernels.source == str(folder)
+    kernels.save_pretrained("~/copy")
+    assert contents(folder.parent / "copy") == contents(folder)
+    monkeypatch.chdir(folder.parent)
+    assert not Path("~").exists()
+    with pytest.raises(LESSError, match="no such folder"):
+        LESSKernels.from_pretrained("~no-such-user/kernels")
 
 
 # What is wrong with a file

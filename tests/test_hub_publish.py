@@ -255,6 +255,12 @@ def test_card_of_bare_kernels():
     assert "Measured" not in text and "Trained" not in text and ModelCard(text).data.eval_results is None
 
 
+@pytest.mark.parametrize("count", ["many", [64], None, True, {"heavy": 1}], ids=str)
+def test_a_policy_that_cannot_be_shown(count):
+    with pytest.raises(LESSError, match="Card: expected the config's policy to be a name and its counts, got"):
+        card.render(publishable(policy={"name": "h2o", "heavy": count}).config, "owner/kernels", "float32, 0.0 MB")
+
+
 def test_card_written_again_is_the_same():
     text = render(license="mit")
     assert render(previous=text) == text

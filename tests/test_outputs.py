@@ -1,5 +1,6 @@
 """Files that measurements leave: refused before the work where they could not be written, whole or absent after it."""
 
+import math
 import sys
 from pathlib import Path
 
@@ -31,6 +32,16 @@ def test_a_line_a_file_and_a_plot(tmp_path, capsys):
     assert drawn == [{"a": [1, 2]}]  # as it stands in the file
     assert (tmp_path / "plot.png").read_bytes().startswith(PNG)
     assert contents(tmp_path) == ["new", "plot.png", "report.json"]
+
+
+def test_a_figure_that_is_no_number_is_null_in_the_file_and_as_it_is_in_the_plot(tmp_path, capsys):
+    pytest.importorskip("matplotlib", reason="the plot needs the extra")
+    drawn = []
+    report = {"perplexity": float("nan"), "rows": [(float("inf"), 2)]}
+    outputs.finish(report, tmp_path / "report.json", tmp_path / "p.png", lambda it: drawn.append(it) or plots.figure(1)[0])
+    line = '{"perplexity": null, "rows": [[null, 2]]}\n'
+    assert capsys.readouterr().out == line == (tmp_path / "report.json").read_text()
+    assert math.isnan(drawn[0]["perplexity"]) and drawn[0]["rows"] == [[math.inf, 2]]
 
 
 @pytest.mark.parametrize("name, start", [("plot.svg", b"<?xml"), ("plot.PDF", b"%PDF"), ("plot", PNG)])

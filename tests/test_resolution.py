@@ -2,6 +2,10 @@
 
 import json
 import logging
+import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -160,6 +164,54 @@ def test_a_hub_that_does_not_answer_is_a_reason(hub, model, failure):
     model.name_or_path = "org/tiny"
     with hub.failing(".*", **failure), pytest.warns(UserWarning, match="The search for kernels on the Hub: "):
         assert not LESSCache.for_model(model).kernels.is_trained
+
+
+UNREACHABLE = {
+    "nobody at the port": "http://127.0.0.1:9",
+    "nobody answers": "http://127.0.0.1:{port}",  # the system takes the connection, and that is all
+    "no such name": "http://no-such-name.invalid",
+}
+SCRIPT = """
+import time, tiny
+from less_cache import LESSCache
+from less_cache.hub import catalogue, client
+
+catalogue.PATHS, client.SEARCH_PATIENCE = (), 1.5
+model = tiny.tiny_llama()
+model.name_or_path = "org/tiny"
+start = time.monotonic()
+assert not LESSCache.for_model(model).kernels.is_trained
+print(time.monotonic() - start)
+"""
+
+
+@pytest.mark.parametrize("endpoint", UNREACHABLE.values(), ids=UNREACHABLE)
+def test_a_hub_that_cannot_be_reached_takes_one_short_try_and_one_line(endpoint):
+    """In a process of its own, where the client really waits between its tries; the warning has a line of code beneath it."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "0", "PYTHONPATH": str(Path(__file__).parent)}
+    with socket.create_server(("127.0.0.1", 0)) as deaf:
+        environment["HF_ENDPOINT"] = endpoint.format(port=deaf.getsockname()[1])
+        done = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 3
+    assert done.stderr.count("\n") <= 2 and "The search for kernels on the Hub: the Hub cannot be reached" in done.stderr
+
+
+@pytest.mark.usefixtures("nothing_catalogued")
+@pytest.mark.parametrize("failure", [{"hang": True}, {"status": 500}, {"status": 503}, {"status": 429}, {"cut_at": 0}], ids=str)
+def test_a_search_asks_once_and_the_client_says_nothing(hub, model, failure, caplog):
+    model.name_or_path = "org/tiny"
+    with hub.failing(".*", **failure), pytest.warns(UserWarning, match="The search for kernels on the Hub: ") as caught:
+        LESSCache.for_model(model)
+    assert len(hub.log) == len(caught) == 1 and not caplog.records
+
+
+def test_a_hub_that_gave_no_answer_is_not_asked_again(hub, catalogued, tmp_path, model):
+    """The catalogue names a repository, of which the first request is lost."""
+    catalogued.rename(tmp_path / "elsewhere")
+    with hub.failing(".*", hang=True), pytest.warns(UserWarning, match="someone/catalogued.*cannot be reached") as caught:
+        assert not LESSCache.for_model(model).kernels.is_trained
+    assert len(hub.log) == 1 and str(caught[0].message).count("cannot be reached") == 1
 
 
 @pytest.mark.usefixtures("nothing_catalogued")

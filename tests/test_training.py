@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -17,11 +18,13 @@ import pytest
 import tiny
 import torch
 import zoo
+from safetensors.torch import save_file
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import MistralConfig, MistralForCausalLM
 
 from less_cache import CORM, H2O, POLICIES, LESSCache, LESSError, LESSKernels, SinkRecent
-from less_cache.backends.cpu import bridge as native
+from less_cache.backends import cpu as native
+from less_cache.backends.cpu import build
 from less_cache.cache.layer import LESSLayer
 from less_cache.files import atomic
 from less_cache.integration import hook
@@ -37,6 +40,7 @@ from less_cache.training.layers import StudentLayer, TeacherLayer, apart, roll_l
 from less_cache.training.options import Example, draw_examples, falling
 from less_cache.training.processes import Processes
 from less_cache.training.simulate import Decode, attend, columns
+from less_cache.training.work import load_tensors
 
 TINY = TrainingOptions(
     prompts=(6, 10),
@@ -131,7 +135,7 @@ def test_scores_go_on_from_a_shorter_prompt():
         torch.testing.assert_close(scores, alone)
 
 
-@pytest.mark.skipif(native.compiler() is None, reason="there is no C++ compiler here")
+@pytest.mark.skipif(build.compiler() is None, reason="there is no C++ compiler here")
 def test_scores_come_from_the_fused_form_where_there_is_one():
     teacher = TeacherLayer()
     teacher.queries, teacher.keys, teacher.values = tiny.random_states(1, 6, 2, 40, 64)
@@ -583,12 +587,99 @@ def test_a_full_memory_says_what_takes_less(said, tmp_path, monkeypatch):
         train(tiny.tiny_llama(), sampler(), TINY, tmp_path)
 
 
-def test_what_a_killed_process_was_writing_goes(tmp_path):
-    draft = tmp_path / "run" / "work" / "layers" / ".saving-x"
-    draft.mkdir(parents=True)
-    (draft / "layer_00.safetensors").write_text("half")
+def damage_json(text: str):
+    return lambda path: path.write_text(text)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-50])
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def without_entries(path: Path) -> None:
+    """A file of the right kind that says nothing."""
+    torch.save({}, path) if path.suffix == ".pt" else save_file({"x": torch.zeros(1)}, path)
+
+
+def with_other_entries(path: Path) -> None:
+    if path.suffix == ".pt":
+        torch.save({**torch.load(path), "optimizers": [], "kernels": {"x": torch.zeros(1)}}, path)
+    else:
+        tensors, metadata = load_tensors(path)
+        save_file({name: tensor for name, tensor in tensors.items() if "0." not in name and "key" not in name}, path, metadata)
+
+
+SHARD, HELD_OUT, LAYER, CHECKPOINT = (
+    "capture/layer_01/sequence_0001.safetensors",
+    "capture/layer_00/sequence_0002.safetensors",
+    "layers/layer_01.safetensors",
+    "joint.pt",
+)
+TRAINED_FILES = [(SHARD, "layer 1"), (HELD_OUT, "measure"), (LAYER, "joint"), (CHECKPOINT, "joint")]
+
+
+@pytest.mark.parametrize("damage", [cut, empty, without_entries, with_other_entries])
+@pytest.mark.parametrize("name, stage", TRAINED_FILES, ids=["shard", "held-out shard", "layer", "checkpoint"])
+def test_a_damaged_file_is_one_error_and_is_made_anew_once_it_is_removed(tmp_path, name, stage, damage):
+    def stop(at, done, total, loss=None):
+        if at == stage and done == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny.tiny_llama(), sampler(), TINY, tmp_path / "run", stop)
+    path = tmp_path / "run" / "work" / name
+    if stage == "joint" and name == CHECKPOINT:
+        train(tiny.tiny_llama(), sampler(), TINY, tmp_path / "run")
+    damage(path)
+    with pytest.raises(
+        LESSError, match=f"{name}: expected a file as a training run writes it.* damaged one.*Remove it"
+    ) as caught:
+        train(tiny.tiny_llama(), sampler(), TINY, tmp_path / "run")
+    assert "\n" not in str(caught.value)
+    path.unlink()
+    whole = train(tiny.tiny_llama(), sampler(), TINY, tmp_path / "whole")
+    assert equal(whole, train(tiny.tiny_llama(), sampler(), TINY, tmp_path / "run"))
+
+
+@pytest.mark.parametrize("damage", [cut, empty, without_entries])
+def test_a_damaged_projection_says_to_remove_its_folder(tmp_path, damage):
+    """The file alone would not come back: shards are there, so nothing is captured."""
     train(tiny.tiny_llama(), sampler(), TINY, tmp_path / "run")
-    assert not list((tmp_path / "run").rglob(".saving-*"))
+    folder = tmp_path / "run" / "work" / "capture" / "layer_00"
+    damage(folder / "projection.safetensors")
+    with pytest.raises(LESSError, match=f"damaged one.*Remove {folder}: the same command"):
+        train(tiny.tiny_llama(), sampler(), TINY, tmp_path / "run")
+    shutil.rmtree(folder)
+    whole = train(tiny.tiny_llama(), sampler(), TINY, tmp_path / "whole")
+    assert equal(whole, train(tiny.tiny_llama(), sampler(), TINY, tmp_path / "run"))
+
+
+@pytest.mark.parametrize("damage", [cut, empty, without_entries])
+def test_damaged_own_text_is_one_error(tmp_path, damage):
+    model = tiny.tiny_llama()
+    texts = [text.clone() for text in own_text(model, 3, 20, 0, tmp_path)]  # not mapped from the file any more
+    (path,) = tmp_path.iterdir()
+    damage(path)
+    with pytest.raises(LESSError, match=r"damaged one.*Remove it: the same"):
+        own_text(model, 3, 20, 0, tmp_path)
+    path.unlink()
+    assert all(torch.equal(*both) for both in zip(texts, own_text(model, 3, 20, 0, tmp_path), strict=True))
+
+
+RUNS = {"cut": '{"format": 4', "empty": "", "list": "[]", "deep": "[" * 100_000, "binary": "\x00", "number": "5"}
+
+
+@pytest.mark.parametrize("text", RUNS.values(), ids=RUNS)
+def test_a_damaged_run_json_says_what_to_do(tmp_path, text):
+    train(tiny.tiny_llama(), sampler(), TINY, tmp_path / "run")
+    (tmp_path / "run" / "work" / "run.json").write_text(text)
+    with pytest.raises(
+        LESSError, match=r"run\.json: expected a file as .*damaged one.*Choose another output folder, or remove"
+    ):
+        train(tiny.tiny_llama(), sampler(), TINY, tmp_path / "run")
 
 
 @pytest.mark.parametrize("policy", [H2O(3, 2), CORM(6, 2)], ids=lambda policy: policy.name)

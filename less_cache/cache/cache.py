@@ -5,7 +5,6 @@ import os
 import sys
 import warnings
 import weakref
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from less_cache.cache.forward import Forward
 from less_cache.cache.layer import LESSLayer
 from less_cache.cache.static import StaticLESSLayer
 from less_cache.errors import LESSError
+from less_cache.files.paths import expanded
 from less_cache.integration import hook
 from less_cache.integration.families import check_supported, full_attention_layers, warn_untested
 from less_cache.kernels.check import check_kernels
@@ -309,7 +309,7 @@ class LESSCache(Cache):
         The kernels are not in the file, only their digest. What is recorded for `crop` is left out.
         """
         self.check_whole()
-        snapshot.save(self, Path(path))
+        snapshot.save(self, expanded(path))
 
     @classmethod
     def load(
@@ -330,7 +330,7 @@ class LESSCache(Cache):
         Raises:
             LESSError: The cache was saved for another model or other kernels, or the file is damaged.
         """
-        return snapshot.load(cls, Path(path), model, kernels, static)
+        return snapshot.load(cls, expanded(path), model, kernels, static)
 
     def memory_footprint(self) -> MemoryFootprint:
         """Bytes held now, and what a full cache would take for as many tokens."""

@@ -3,6 +3,8 @@
 Axes: `b` rows, `n` new tokens.
 """
 
+from collections.abc import Sequence
+
 import torch
 
 from less_cache.errors import LESSError
@@ -33,13 +35,14 @@ def check_batch(layer_idx: int, rows: Rows, batch: int) -> None:
         )
 
 
-def check_dtype(layer_idx: int, expected: torch.dtype, got: torch.dtype) -> None:
-    """Raise where keys come in another type than in the turns before, as with autocast in some calls alone."""
-    if got != expected:
-        raise LESSError(
-            f"Layer {layer_idx}: expected keys of type {expected}, as in the turns before, got {got}. Use the same model and the "
-            "same autocast in every call, or call cache.reset()."
-        )
+def check_dtypes(layer_idx: int, expected: Sequence[torch.dtype], got: Sequence[torch.dtype]) -> None:
+    """Raise where keys or values come in another type than in the turns before, as with autocast in some calls alone."""
+    for name, before, now in zip(("keys", "values"), expected, got, strict=True):
+        if now != before:
+            raise LESSError(
+                f"Layer {layer_idx}: expected {name} of type {before}, as in the turns before, got {now}. Use the same model and "
+                "the same autocast in every call, or call cache.reset()."
+            )
 
 
 def check_attention(layer_idx: int, module: torch.nn.Module, dropout: float, kwargs: dict) -> None:

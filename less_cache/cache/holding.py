@@ -73,13 +73,13 @@ class HoldingLayer(CacheLayerMixin):
         """Go on from what `tensors` gave after so many tokens; `dtype`: of keys and values before they were stored."""
         held = Held.from_tensors(tensors, self.setup, dtype)
         b, g = held.slots.sizes.shape
-        self._begin(b, g, held.slots.values.shape[-1], dtype, held.slots.positions.device)
+        self._begin(b, g, held.slots.values.shape[-1], dtype, held.slots.values.dtype, held.slots.positions.device)
         self._hold(held)
         self.cumulative_length += cumulative_length
 
-    def _begin(self, b: int, g: int, width: int, dtype: torch.dtype, device: torch.device) -> None:
+    def _begin(self, b: int, g: int, width: int, dtype: torch.dtype, value_dtype: torch.dtype, device: torch.device) -> None:
         """Hold nothing yet, of `b` rows and `g` KV heads whose values have this width."""
-        self.dtype, self.device = dtype, device
+        self.dtype, self.value_dtype, self.device = dtype, value_dtype, device
         self.setup = self.setup.on(device, g)
         self._held = Held.empty(self.setup, b, g, width, device)
         self.is_initialized = True

@@ -86,7 +86,7 @@ class LESSLayer(HoldingLayer):
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         b, g, _, _ = key_states.shape
-        self._begin(b, g, value_states.shape[-1], key_states.dtype, key_states.device)
+        self._begin(b, g, value_states.shape[-1], key_states.dtype, value_states.dtype, key_states.device)
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
@@ -98,7 +98,7 @@ class LESSLayer(HoldingLayer):
             with torch.inference_mode(False):
                 self.lazy_initialization(key_states, value_states)
         guards.check_batch(self.layer_idx, self._held.rows, key_states.shape[0])
-        guards.check_dtype(self.layer_idx, self.dtype, key_states.dtype)
+        guards.check_dtypes(self.layer_idx, (self.dtype, self.value_dtype), (key_states.dtype, value_states.dtype))
         self._announced = True
         return hook.tag(key_states, self), value_states
 

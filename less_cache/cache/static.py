@@ -54,8 +54,8 @@ class StaticLESSLayer(LESSLayer):
         super().reset()
         self.cumulative_length = length.zero_()
 
-    def _begin(self, b: int, g: int, width: int, dtype: torch.dtype, device: torch.device) -> None:
-        super()._begin(b, g, width, dtype, device)
+    def _begin(self, b: int, g: int, width: int, dtype: torch.dtype, value_dtype: torch.dtype, device: torch.device) -> None:
+        super()._begin(b, g, width, dtype, value_dtype, device)
         self.cumulative_length = _in_place(self.cumulative_length.to(device))
 
     @torch.compiler.disable

@@ -8,7 +8,7 @@ from typer.core import TyperGroup
 
 from less_cache.cli import kernels as kernel_commands
 from less_cache.cli import measure as measure_commands
-from less_cache.cli.options import parse_budget
+from less_cache.cli.options import parse_budget, parse_name, parse_path
 from less_cache.errors import LESSError
 from less_cache.models import DEFAULT_MODEL
 from less_cache.policies import POLICIES
@@ -46,9 +46,14 @@ def main(
 
 @app.command()
 def demo(
-    model: Annotated[str, typer.Option(metavar="NAME", help="Folder, .gguf file or Hub id.")] = DEFAULT_MODEL,
+    model: Annotated[
+        str, typer.Option(parser=parse_name, metavar="NAME", help="Folder, .gguf file or Hub id.")
+    ] = DEFAULT_MODEL,
     kernels: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Folder or Hub id, or 'none'. Default: the catalogue's for this model.")
+        str | None,
+        typer.Option(
+            parser=parse_name, metavar="NAME", help="Folder or Hub id, or 'none'. Default: the catalogue's for this model."
+        ),
     ] = None,
     policy: Annotated[str, typer.Option(metavar="NAME", help=f"Which tokens stay: {', '.join(POLICIES)}.")] = "h2o",
     budget: Annotated[
@@ -56,7 +61,8 @@ def demo(
         typer.Option(parser=parse_budget, metavar="SIZE", help="Tokens that stay per KV head, or a share of the prompt."),
     ] = "0.05",
     prompt_file: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="UTF-8 text; its end is held out. Default: a chapter of a novel.")
+        Path | None,
+        typer.Option(parser=parse_path, metavar="FILE", help="UTF-8 text; its end is held out. Default: a chapter of a novel."),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Tokens to write under each cache.")] = 48,
     prompt_tokens: Annotated[
@@ -74,7 +80,7 @@ def demo(
 
 @app.command()
 def train(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder, .gguf file or Hub id.")],
+    model: Annotated[str, typer.Argument(parser=parse_name, metavar="MODEL", help="Folder, .gguf file or Hub id.")],
     data: Annotated[
         list[str],
         typer.Option(
@@ -83,7 +89,10 @@ def train(
             "model writes. Repeatable; each gets the same share.",
         ),
     ],
-    output: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the kernels. The same command line goes on there.")],
+    output: Annotated[
+        Path,
+        typer.Option(parser=parse_path, metavar="DIR", help="Folder for the kernels. The same command line goes on there."),
+    ],
     policy: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME", help="Policy to train with; repeatable. Default: h2o twice, sink_recent and corm."),

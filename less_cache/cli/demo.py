@@ -66,9 +66,9 @@ def run(
     if kernels_name is None:
         kernels = find_kernels(model, policy_name)
     tokens = tokenize(tokenizer, text, model.config)
-    if prompt_tokens is None and kernels is not None:
-        prompt_tokens = max(kernels.config.training.get("prompts", [len(tokens)]))
-    tokens = tokens[-(prompt_tokens or len(tokens)) - SCORED :]
+    if prompt_tokens is None:
+        prompt_tokens = longest_trained(kernels) or len(tokens)
+    tokens = tokens[-prompt_tokens - SCORED :]
     prompt_length = len(tokens) - SCORED
     budget = budget if isinstance(budget, int) else max(2, round(budget * prompt_length))
     policy = from_budget(budget)
@@ -76,19 +76,17 @@ def run(
     console.print(f"[bold]model[/]    {model_name}")
     console.print(f"[bold]text[/]     {(prompt_file or TEXT).name}: {prompt_length:,} tokens, and {SCORED} held out")
     console.print(f"[bold]policy[/]   {policy}")
-    where = (kernels_name or shown(kernels)) if kernels is not None else "none: only the full cache and the policy are shown"
-    console.print(f"[bold]kernels[/]  {where}")
+    console.print(f"[bold]kernels[/]  {origin(kernels, kernels_name)}")
 
+    state_name = "LESS" if kernels is None or kernels.is_trained else "the untrained state"
     contenders = {"full cache": DynamicCache(config=model.config), f"{policy_name} alone": LESSCache(model, policy)}
     if kernels is not None:
         contenders[f"{policy_name}, equal bytes"] = LESSCache(model, with_state_bytes(policy, kernels, model.dtype.itemsize))
-        contenders[f"LESS on {policy_name}"] = LESSCache(model, policy, kernels)
+        contenders[f"{state_name.removeprefix('the ')} on {policy_name}"] = LESSCache(model, policy, kernels)
     rows = [measure(console, model, tokenizer, tokens, name, cache, max_new_tokens) for name, cache in contenders.items()]
     console.print(table(rows))
-    full, alone, less = rows[0].perplexity, rows[1].perplexity, rows[-1].perplexity
-    if kernels is not None and alone > full:
-        won_back = (alone - less) / (alone - full)
-        console.print(f"Of the perplexity that {policy_name} loses, LESS wins back {won_back:.0%}.")
+    if kernels is not None:
+        console.print(verdict(policy_name, state_name, rows), soft_wrap=True)
     return rows
 
 
@@ -121,6 +119,40 @@ def find_kernels(model: Any, policy_name: str) -> LESSKernels | None:
         return LESSKernels.untrained(model)
     except LESSError:
         return None
+
+
+def longest_trained(kernels: LESSKernels | None) -> int | None:
+    """The longest prompt that the kernels were trained on; None where nothing is said of prompts."""
+    prompts = kernels.config.training.get("prompts") if kernels is not None else None
+    if prompts is None:
+        return None
+    if not isinstance(prompts, list) or not prompts or not all(type(length) is int and length > 0 for length in prompts):
+        raise LESSError(
+            f"The kernels' config: expected training.prompts to be a list of prompt lengths, got {prompts!r}. "
+            "Pass --prompt-tokens."
+        )
+    return max(prompts)
+
+
+def origin(kernels: LESSKernels | None, name: str | None) -> str:
+    """Where the kernels come from, or what is shown without any."""
+    if kernels is None:
+        return "none: only the full cache and the policy are shown"
+    if not kernels.is_trained:
+        return "none for this model: the untrained state is shown"
+    return name or shown(kernels)
+
+
+def verdict(policy_name: str, state_name: str, rows: list[Measurement]) -> str:
+    """Who comes closest to the full cache, in a sentence; `rows` as the table has them."""
+    full, alone, _, state = rows
+    best = min(rows[1:], key=lambda row: row.perplexity)
+    if best is not state:
+        return f"{best.label} wins here: perplexity {best.perplexity:.2f}, {state.label} {state.perplexity:.2f}."
+    if alone.perplexity <= full.perplexity:
+        return f"{policy_name} loses nothing on this text: there is nothing to win back."
+    won_back = (alone.perplexity - state.perplexity) / (alone.perplexity - full.perplexity)
+    return f"Of the perplexity that {policy_name} loses, {state_name} wins back {won_back:.0%}."
 
 
 def shown(kernels: LESSKernels) -> str:

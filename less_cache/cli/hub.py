@@ -8,7 +8,8 @@ from less_cache import models
 from less_cache.cache.cache import LESSCache
 from less_cache.errors import LESSError
 from less_cache.evaluation.plot import draw
-from less_cache.files import atomic
+from less_cache.files import atomic, plain_json
+from less_cache.files.paths import expanded
 from less_cache.hub import card, client, publish
 from less_cache.kernels import folder as files
 from less_cache.kernels.config import LESSConfig
@@ -72,7 +73,7 @@ def write_card(folder: Path, reports: list[str], base_model: str | None, license
     config.base_model = base_model or config.base_model
     for entry in reports:
         label, _, path = entry.partition("=")
-        config.metrics[label] = _report(label, Path(path), config)
+        config.metrics[label] = _report(label, expanded(path), config)
     image = {}
     if plot:
         if not card.reports(config):
@@ -93,7 +94,7 @@ def _existing(folder: Path) -> Path:
 def _report(label: str, path: Path, config: LESSConfig) -> dict:
     """A report of `less-cache eval perplexity`, as it stands in the config."""
     try:
-        report = json.loads(path.read_text(encoding="utf-8"))
+        report = plain_json.parse(path.read_text(encoding="utf-8"))
         measured = report.pop("kernels_sha256")
         del report["model"]
     except (OSError, ValueError, KeyError, AttributeError) as error:

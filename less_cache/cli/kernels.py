@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from less_cache.cli.options import Folder, License, Name, Revision
+from less_cache.cli.options import Folder, License, Name, Revision, parse_name, parse_path
 
 app = typer.Typer()
 
@@ -14,7 +14,7 @@ app = typer.Typer()
 def pull(
     name: Name,
     revision: Revision = None,
-    output: Annotated[Path | None, typer.Option(metavar="DIR", help="Copy them here.")] = None,
+    output: Annotated[Path | None, typer.Option(parser=parse_path, metavar="DIR", help="Copy them here.")] = None,
 ) -> None:
     """Download kernels from the Hub, check them, and print the folder that holds them."""
     from less_cache.cli.hub import pull
@@ -49,7 +49,9 @@ def info(name: Name, revision: Revision = None) -> None:
 def verify(
     name: Name,
     revision: Revision = None,
-    model: Annotated[str | None, typer.Option(metavar="MODEL", help="Check that they were trained for this model.")] = None,
+    model: Annotated[
+        str | None, typer.Option(parser=parse_name, metavar="MODEL", help="Check that they were trained for this model.")
+    ] = None,
 ) -> None:
     """Check kernels: digest, names, shapes, types and values of the tensors."""
     from less_cache.cli.hub import verify

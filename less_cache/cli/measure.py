@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from less_cache.bench.options import CACHES, DEFAULTS, BenchOptions
-from less_cache.cli.options import parse_budget, parse_memory
+from less_cache.cli.options import parse_budget, parse_memory, parse_name, parse_path
 from less_cache.policies import POLICIES
 
 app = typer.Typer()
@@ -21,13 +21,17 @@ def measure() -> None:
 
 @evaluations.command()
 def perplexity(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder, .gguf file or Hub id.")],
-    data: Annotated[list[Path], typer.Option(metavar="FILE", help="UTF-8 text; several share the sequences.")],
+    model: Annotated[str, typer.Argument(parser=parse_name, metavar="MODEL", help="Folder, .gguf file or Hub id.")],
+    data: Annotated[
+        list[Path], typer.Option(parser=parse_path, metavar="FILE", help="UTF-8 text; several share the sequences.")
+    ],
     budgets: Annotated[
         list[str],
         typer.Option("--budget", metavar="SIZE", help="Tokens that stay per KV head, or a share of the prompt; repeatable."),
     ],
-    kernels: Annotated[str | None, typer.Option(metavar="NAME", help="Folder or Hub id. Default: none are measured.")] = None,
+    kernels: Annotated[
+        str | None, typer.Option(parser=parse_name, metavar="NAME", help="Folder or Hub id. Default: none are measured.")
+    ] = None,
     policy: Annotated[str, typer.Option(metavar="NAME", help=f"Which tokens stay: {', '.join(POLICIES)}.")] = "h2o",
     sequences: Annotated[int, typer.Option(min=1, help="Stretches of text, evenly spaced.")] = 16,
     prompt_length: Annotated[int, typer.Option(min=2, help="Tokens read at once at the start of each.")] = 512,
@@ -35,11 +39,14 @@ def perplexity(
     batch_size: Annotated[int, typer.Option(min=1, help="Sequences at once.")] = 8,
     dtype: Annotated[str, typer.Option(help="Of the model's weights: float32, bfloat16 or float16.")] = "float32",
     known: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Report on the same text: all but LESS is taken from it.")
+        Path | None,
+        typer.Option(parser=parse_path, metavar="FILE", help="Report on the same text: all but LESS is taken from it."),
     ] = None,
-    output: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the JSON line here too.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(parser=parse_path, metavar="FILE", help="Write the JSON line here too.")
+    ] = None,
     plot: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Draw perplexity over bytes, such as perplexity.png.")
+        Path | None, typer.Option(parser=parse_path, metavar="FILE", help="Draw perplexity over bytes, such as perplexity.png.")
     ] = None,
 ) -> None:
     """Perplexity of text decoded token by token: full cache, policy, policy with the state's bytes, untrained state, LESS."""
@@ -55,11 +62,15 @@ def bench(
     model: Annotated[
         str,
         typer.Argument(
-            metavar="MODEL", help="Folder, .gguf file or Hub id; with --random a model type too: llama is 7B-shaped."
+            parser=parse_name,
+            metavar="MODEL",
+            help="Folder, .gguf file or Hub id; with --random a model type too: llama is 7B-shaped.",
         ),
     ],
     random: Annotated[bool, typer.Option("--random", help="Random weights of the model's shape.")] = False,
-    kernels: Annotated[str | None, typer.Option(metavar="NAME", help="Folder or Hub id. Default: random ones.")] = None,
+    kernels: Annotated[
+        str | None, typer.Option(parser=parse_name, metavar="NAME", help="Folder or Hub id. Default: random ones.")
+    ] = None,
     policy: Annotated[str, typer.Option(metavar="NAME", help=f"Which tokens stay: {', '.join(POLICIES)}.")] = "h2o",
     budget: Annotated[
         Any,
@@ -106,8 +117,12 @@ def bench(
         bool | None, typer.Option("--compile", help="In decode and batch: torch.compile where the cache is static.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Of random weights and tokens.")] = 0,
-    output: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the JSON line here too.")] = None,
-    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw a plot, such as decode.png.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(parser=parse_path, metavar="FILE", help="Write the JSON line here too.")
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(parser=parse_path, metavar="FILE", help="Draw a plot, such as decode.png.")
+    ] = None,
 ) -> None:
     """Measure speed and memory: DynamicCache, StaticCache, the policy alone and LESS, in turns.
 

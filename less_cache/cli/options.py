@@ -1,12 +1,26 @@
 """Options that several commands share, and how they are read."""
 
+import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-Name = Annotated[str, typer.Argument(metavar="NAME", help="Folder of kernels, or Hub id.")]
-Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of kernels.")]
+from less_cache.files.paths import expanded
+
+
+def parse_path(text: str) -> Path:
+    """A path; `~` is read here too, since a shell leaves it alone in `--output=~/kernels`."""
+    return expanded(text)
+
+
+def parse_name(text: str) -> str:
+    """A path or a Hub id; `~` as in `parse_path`."""
+    return os.path.expanduser(text)
+
+
+Name = Annotated[str, typer.Argument(parser=parse_name, metavar="NAME", help="Folder of kernels, or Hub id.")]
+Folder = Annotated[Path, typer.Argument(parser=parse_path, metavar="FOLDER", help="Folder of kernels.")]
 Revision = Annotated[str | None, typer.Option(metavar="REVISION", help="Branch, tag or commit of a repository.")]
 License = Annotated[str | None, typer.Option(metavar="ID", help="Licence of the base model, such as apache-2.0.")]
 

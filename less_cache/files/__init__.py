@@ -1,4 +1,4 @@
-"""Files that survive what happens to the process that writes them."""
+"""Files written whole or not at all, JSON that every reader takes, paths as users write them."""
 
 from less_cache.files.atomic import replace
 

@@ -1,6 +1,7 @@
 """Files that are written whole or not at all."""
 
 import os
+import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +12,10 @@ DRAFT = ".saving-"  # start of a folder's name in which files are made whole
 
 
 def replace(folder: Path, contents: Mapping[str, bytes]) -> None:
-    """Write files into `folder`, in this order, each in one atomic step once all of them are on the disk."""
+    """Write files into `folder`, in this order, each in one atomic step once all of them are on the disk.
+
+    A new file has the mode that the user's umask gives it; one that was there keeps its own.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix=DRAFT) as draft:
@@ -21,6 +25,8 @@ def replace(folder: Path, contents: Mapping[str, bytes]) -> None:
                     file.write(content)
                     file.flush()
                     os.fsync(file.fileno())
+                if (folder / name).exists():
+                    shutil.copymode(folder / name, Path(draft) / name)
             for name in contents:
                 (folder / name).parent.mkdir(exist_ok=True)
                 os.replace(Path(draft) / name, folder / name)

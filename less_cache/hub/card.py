@@ -35,13 +35,17 @@ def render(
         plot: Whether `perplexity.png` stands beside the card.
 
     Raises:
-        LESSError: The config names no Hub model as base model, or the older card's metadata cannot be read.
+        LESSError: The config names no Hub model as base model, its policy cannot be shown, or the older card's metadata
+            cannot be read.
     """
     if config.base_model is None or not is_repo_id(config.base_model):
         raise LESSError(
             f"Card: expected the config's base_model to be a Hub id such as org/name, got {config.base_model!r}. "
             "Set it: less-cache card --base-model, or kernels.config.base_model."
         )
+    counts = [count for key, count in (config.policy or {}).items() if key != "name"]
+    if not all(type(count) in (int, float) for count in counts):
+        raise LESSError(f"Card: expected the config's policy to be a name and its counts, got {config.policy!r}. Correct it.")
     try:
         older = ModelCard(previous or "---\n{}\n---\n")
     except Exception as error:  # whatever the YAML parser and the metadata's own checks raise

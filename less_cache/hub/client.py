@@ -3,28 +3,39 @@
 import contextlib
 import hashlib
 import os
+import queue
 import re
 import tempfile
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import huggingface_hub
 from huggingface_hub import CommitOperationAdd, HfApi, constants
 from huggingface_hub import errors as hub_errors
+from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
 
 from less_cache.errors import LESSError
+from less_cache.files.paths import expanded
 from less_cache.kernels.folder import CONFIG_NAME, WEIGHTS_NAME, check_digest, read_config
+
+T = TypeVar("T")
 
 LIBRARY_TAG = "less-cache"
 FINGERPRINT_TAG = "less-fingerprint-{}"  # of the base model's weights; finds kernels for a model that has no Hub id
 MOST_CANDIDATES = 5  # repositories that a search returns
 PATIENCE = 60.0  # seconds without a byte until an upload gives up
+SEARCH_PATIENCE = 5.0  # seconds that a search takes at most: whoever waits can do without
+
+
+class UnreachableError(LESSError):
+    """The Hub gave no answer."""
 
 
 def find(folder_or_repo: str | os.PathLike, revision: str | None = None, token: str | bool | None = None) -> Path:
     """The local folder that holds the two files: the given one, or a download of the Hub repository."""
-    folder = Path(folder_or_repo)
+    folder = expanded(folder_or_repo)
     if os.path.isdir(folder):
         if revision is not None:
             raise LESSError(f"Expected no revision with a local folder, got {revision!r} with {folder}.")
@@ -106,13 +117,52 @@ def search(base_model: str | None, fingerprint: str | None, token: str | bool | 
     """Ids of repositories with kernels for a base model, by its Hub id, then by its fingerprint; most downloaded first."""
     tags = [f"base_model:{base_model}"] if base_model else []
     tags += [FINGERPRINT_TAG.format(fingerprint[:16])] if fingerprint else []
-    found: list[str] = []
-    with explained("The search for kernels on the Hub"), patience(constants.HF_HUB_ETAG_TIMEOUT):
-        _check_online()
+    seconds = min(SEARCH_PATIENCE, constants.HF_HUB_ETAG_TIMEOUT)
+
+    def look() -> list[str]:
+        found: list[str] = []
         for tag in tags:
-            models = HfApi(token=token).list_models(filter=[LIBRARY_TAG, tag], sort="downloads", limit=MOST_CANDIDATES)
-            found += [model.id for model in models if model.id not in found]
-    return found
+            found += [repo_id for repo_id in _tagged(tag, seconds, token) if repo_id not in found]
+        return found
+
+    with explained("The search for kernels on the Hub"):
+        _check_online()
+        return within(seconds, look)
+
+
+def _tagged(tag: str, seconds: float, token: str | bool | None) -> list[str]:
+    """Ids of repositories of kernels with a tag. One request: `HfApi.list_models` would try six times, each with a warning."""
+    answer = huggingface_hub.get_session().get(
+        f"{constants.ENDPOINT}/api/models",
+        params={"filter": [LIBRARY_TAG, tag], "sort": "downloads", "limit": MOST_CANDIDATES},
+        headers=build_hf_headers(token=token),
+        timeout=seconds,
+    )
+    hf_raise_for_status(answer)
+    return [model["id"] for model in answer.json()]
+
+
+def within(seconds: float, work: Callable[[], T]) -> T:
+    """What `work` returns or raises; TimeoutError where it takes longer, and nobody heeds its end.
+
+    A client's own limits do not add up to one: a name may have eight addresses, each with a time-out of its own.
+    """
+    answers: queue.SimpleQueue[tuple[T | None, Exception | None]] = queue.SimpleQueue()
+
+    def answer() -> None:
+        try:
+            answers.put((work(), None))
+        except Exception as error:
+            answers.put((None, error))
+
+    threading.Thread(target=answer, daemon=True).start()
+    try:
+        result, error = answers.get(timeout=seconds)
+    except queue.Empty:
+        raise TimeoutError(f"no answer within {seconds:g} seconds") from None
+    if error is not None:
+        raise error
+    return result  # type: ignore[return-value]
 
 
 def is_repo_id(name: str) -> bool:
@@ -192,9 +242,10 @@ def explained(task: str, state: str = "Nothing was changed") -> Iterator[None]:
     try:
         yield
     except LESSError as error:
-        raise LESSError(f"{task}: {error}") from error
+        raise type(error)(f"{task}: {error}") from error
     except Exception as error:  # the client raises its own errors, its HTTP library's, OSError, ValueError and RuntimeError
-        raise LESSError(f"{task}: {_explanation(error, state)}") from error
+        kind = UnreachableError if _has_no_answer(error) else LESSError
+        raise kind(f"{task}: {_explanation(error, state)}") from error
 
 
 def _explanation(error: BaseException, state: str) -> str:
@@ -217,7 +268,7 @@ def _explanation(error: BaseException, state: str) -> str:
         return _explanation(error.__cause__, state)  # the client's wrapping
     if isinstance(error, hub_errors.HfHubHTTPError) and error.response is not None:
         return _status(error.response.status_code, error, state)
-    if isinstance(error, hub_errors.HTTPError | hub_errors.LocalEntryNotFoundError | ConnectionError | TimeoutError):
+    if _has_no_answer(error):
         return (
             f"the Hub cannot be reached, or the connection broke ({_first_line(error)}). "
             f"{state}: check the network and run again."
@@ -228,6 +279,13 @@ def _explanation(error: BaseException, state: str) -> str:
             "folder that can be written."
         )
     return f"the Hub's client failed: {_first_line(error)} {state}: run again."
+
+
+def _has_no_answer(error: BaseException) -> bool:
+    """Whether it is of the network; statuses are answers."""
+    if isinstance(error, hub_errors.HfHubHTTPError) and error.response is not None:
+        return False
+    return isinstance(error, hub_errors.HTTPError | hub_errors.LocalEntryNotFoundError | ConnectionError | TimeoutError)
 
 
 def _status(status: int, error: BaseException, state: str) -> str:

@@ -23,11 +23,13 @@ def kernels_for(model: PreTrainedModel | PreTrainedConfig, token: str | bool | N
     identity = fingerprint(model) if isinstance(model, PreTrainedModel) else None
     name = getattr(model, "name_or_path", None) or ""
     base_model = name if client.is_repo_id(name) else None
-    reasons = []
+    reasons, reachable = [], True
     for place, look in (
         ("the catalogue", lambda: catalogue.find(base_model, identity)),
         ("the Hub", lambda: client.search(base_model, identity, token)),
     ):
+        if place == "the Hub" and not reachable:
+            continue  # the catalogue named a repository, and the Hub gave no answer
         try:
             sources = look()
         except LESSError as error:
@@ -38,6 +40,7 @@ def kernels_for(model: PreTrainedModel | PreTrainedConfig, token: str | bool | N
                 kernels = LESSKernels.from_pretrained(source, token=token)
             except LESSError as error:
                 reasons.append(str(error))
+                reachable = reachable and not isinstance(error, client.UnreachableError)
                 continue
             described = kernels.config
             if described.base_model_fingerprint == identity if identity else described.base_model == base_model:

@@ -16,6 +16,8 @@ def check_kernels(
     kernels: LESSKernels, config: PreTrainedConfig, full_attention: list[int], model: PreTrainedModel | None
 ) -> None:
     """Raise unless the kernels fit the model: same geometry, same layers, same base model where both are known."""
+    if any(parameter.dtype != torch.float32 for parameter in kernels.parameters()):
+        raise LESSError("The kernels: expected float32, in which they compute, got another type. Call kernels.layers.float().")
     expected, described = geometry(config), kernels.config
     got = Geometry(
         described.num_hidden_layers, described.num_attention_heads, described.num_key_value_heads, described.head_dim

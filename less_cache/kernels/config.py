@@ -1,10 +1,10 @@
 """What a set of kernels says about itself."""
 
 import dataclasses
-import json
 import re
 
 from less_cache.errors import LESSError
+from less_cache.files import plain_json
 from less_cache.memory import MEMORIES
 from less_cache.version import __version__
 
@@ -122,19 +122,25 @@ class LESSConfig:
         return size if isinstance(size, list) else [size] * len(self.layers or [])
 
     def to_json(self) -> str:
-        """JSON text, one key a line, as versions that know `low_rank` alone read it where that is all there is."""
-        entries = dataclasses.asdict(self)
+        """JSON text, one key a line, as versions that know `low_rank` alone read it where that is all there is.
+
+        `null` stands for a figure that is NaN or infinite. `LESSError` where `policy`, `training` or `metrics` are no JSON.
+        """
+        entries = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         if self.memory == "low_rank":
             del entries["memory"]
-        return json.dumps(entries, indent=2) + "\n"
+        return plain_json.dump(entries, indent=2) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> "LESSConfig":
-        """Read `to_json`'s form. A key this version does not know is an error: it may change the meaning of the rest."""
+        """Read `to_json`'s form. A key this version does not know is an error: it may change the meaning of the rest.
+
+        NaN and infinity, which older versions wrote among `metrics`, are read as None.
+        """
         try:
-            entries = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise LESSError(f"less_config.json: expected JSON, got an error: {error}") from error
+            entries = plain_json.parse(text)
+        except LESSError as error:
+            raise LESSError(f"less_config.json: {error}") from error
         if not isinstance(entries, dict):
             raise LESSError(f"less_config.json: expected a JSON object, got {type(entries).__name__}.")
         written_by = entries.get("less_cache_version", "an unknown version")

@@ -97,8 +97,8 @@ def write(folder: Path, config: LESSConfig, tensors: Mapping[str, torch.Tensor],
     config.sha256 = hashlib.sha256(weights).hexdigest()
     try:
         text = config.to_json()
-    except (TypeError, ValueError) as error:
-        raise LESSError(f"kernels to save: config is not JSON: {error}") from error
+    except LESSError as error:
+        raise LESSError(f"kernels to save: config: {error}") from error
     atomic.replace(folder, {WEIGHTS_NAME: weights, CONFIG_NAME: text.encode()})
 
 

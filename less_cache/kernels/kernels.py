@@ -3,7 +3,7 @@
 import dataclasses
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from less_cache.errors import LESSError
+from less_cache.files.paths import expanded
 from less_cache.integration.families import full_attention_layers, geometry
 from less_cache.kernels import folder as files
 from less_cache.kernels import official
@@ -23,7 +24,8 @@ from less_cache.policies import H2O, USUAL_BUDGET
 class LESSKernels(nn.Module):
     """The kernels of a whole model: a `LayerKernels`, or what `config.memory` says, for every layer in `config.layers`.
 
-    Stateless while generating: one object may serve many caches and threads.
+    Stateless while generating: one object may serve many caches and threads. Kernels compute in float32: `half()` and
+    `to(torch.bfloat16)` leave them as they are, `to(device, dtype)` moves them. `save_pretrained` stores 16 bit on request.
 
     >>> kernels = LESSKernels(LESSConfig(num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16))
     >>> kernels.for_layer(0).query_features(torch.randn(1, 4, 10, 16)).shape
@@ -66,6 +68,16 @@ class LESSKernels(nn.Module):
         kernels.layers = nn.ModuleDict({name: LayerCentroids(rank // 2) for name in kernels.layers})
         return kernels
 
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "LESSKernels":
+        """What `to`, `half`, `cuda` and the like do to each tensor. They may move it, but it stays float32."""
+
+        def keeping_the_type(tensor: torch.Tensor) -> torch.Tensor:
+            changed = fn(tensor)
+            return changed if changed.dtype == tensor.dtype else tensor.to(changed.device)
+
+        super()._apply(keeping_the_type, recurse)
+        return self
+
     @property
     def is_trained(self) -> bool:
         """Whether there is anything to save."""
@@ -85,7 +97,7 @@ class LESSKernels(nn.Module):
         """
         if not self.is_trained:
             raise LESSError("Untrained kernels hold nothing to save: LESSKernels.untrained(model) makes them anywhere.")
-        files.write(Path(folder), self.config, {name: tensor.detach() for name, tensor in self.state_dict().items()}, dtype)
+        files.write(expanded(folder), self.config, {name: tensor.detach() for name, tensor in self.state_dict().items()}, dtype)
 
     def push_to_hub(
         self,
@@ -133,7 +145,7 @@ class LESSKernels(nn.Module):
             LESSError: The folder or a file is missing, is no safetensors file (pickle is never read), does not match
                 its digest, or holds other tensors than the config describes; or the Hub does not hand it out.
         """
-        folder = Path(folder_or_repo)
+        folder = expanded(folder_or_repo)
         if not os.path.isdir(folder) or revision is not None:
             from less_cache.hub import client  # the network: when it is asked for
 

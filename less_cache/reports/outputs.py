@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from less_cache.errors import LESSError
-from less_cache.files import atomic
+from less_cache.files import atomic, plain_json
 from less_cache.reports import plots
 
 
@@ -28,13 +28,16 @@ def finish(
     plot: Path | None = None,
     draw: Callable[[dict[str, Any]], Any] = lambda report: None,
 ) -> None:
-    """Print the line, write it to `output`, and write what `draw` makes of it to `plot`."""
-    line = json.dumps(report)
+    """Print the line, write it to `output`, and write what `draw` makes of it to `plot`.
+
+    In the line `null` stands for NaN and infinity; `draw` gets the numbers as they are.
+    """
+    line = plain_json.dump(report)
     print(line)
     if output is not None:
         _write(output, f"{line}\n".encode())
     if plot is not None:
-        _write(plot, plots.image(draw(json.loads(line)), _format(plot)))
+        _write(plot, plots.image(draw(json.loads(json.dumps(report))), _format(plot)))
 
 
 def _format(plot: Path) -> str:

@@ -19,7 +19,7 @@ from transformers import DynamicCache, PreTrainedModel
 from less_cache.training.data import TokenSampler
 from less_cache.training.layers import TeacherLayer
 from less_cache.training.options import Example, TrainingOptions, draw_examples
-from less_cache.training.work import load_tensors, save_tensors
+from less_cache.training.work import load_tensors, readable, save_tensors
 
 STAGE = "capture"
 OUTPUT_PROJECTIONS = ("o_proj", "dense", "out_proj", "c_proj")
@@ -47,17 +47,18 @@ class Shard:
 
     @classmethod
     def read(cls, path: Path, device: torch.device) -> "Shard":
-        tensors, metadata = load_tensors(path, device)
-        examples = range(int(metadata["examples"]))
-        names = [field.name for field in dataclasses.fields(Decoded)]
-        return cls(
-            keys=tensors["keys"],
-            values=tensors["values"],
-            sinks=tensors.get("sinks"),
-            scaling=float(metadata["scaling"]),
-            softcap=float(metadata["softcap"]) if "softcap" in metadata else None,
-            decoded=[Decoded(**{name: tensors[f"{index}.{name}"] for name in names}) for index in examples],
-        )
+        with readable(path):
+            tensors, metadata = load_tensors(path, device)
+            examples = range(int(metadata["examples"]))
+            names = [field.name for field in dataclasses.fields(Decoded)]
+            return cls(
+                keys=tensors["keys"],
+                values=tensors["values"],
+                sinks=tensors.get("sinks"),
+                scaling=float(metadata["scaling"]),
+                softcap=float(metadata["softcap"]) if "softcap" in metadata else None,
+                decoded=[Decoded(**{name: tensors[f"{index}.{name}"] for name in names}) for index in examples],
+            )
 
     def write(self, path: Path) -> None:
         tensors = {"keys": self.keys, "values": self.values}

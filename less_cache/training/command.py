@@ -1,8 +1,8 @@
 """What `less-cache train` does: a model's name and texts in, a folder of kernels out."""
 
 import dataclasses
-import json
-import shutil
+import math
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,15 +16,16 @@ from transformers import PreTrainedModel
 
 from less_cache import models
 from less_cache.errors import LESSError
-from less_cache.files import atomic
-from less_cache.kernels.folder import CONFIG_NAME
+from less_cache.files import atomic, plain_json
+from less_cache.kernels.folder import CONFIG_NAME, read_config
 from less_cache.reports import plots
 from less_cache.training import plot
 from less_cache.training.cost import Cost, estimate
 from less_cache.training.data import OWN, TokenSampler, hub_text, own_text, text_files, tokenize
 from less_cache.training.options import TrainingOptions
 from less_cache.training.processes import Processes
-from less_cache.training.trainer import LOG_NAME, WORK_NAME, check, context, train
+from less_cache.training.trainer import LOG_NAME, check, context, described_training, train
+from less_cache.training.work import OWN_NAME, RUN_NAME, WORK_NAME, identity, read_run, remove
 
 PLOT_NAME = "training.png"
 COLUMNS = (
@@ -46,6 +47,7 @@ def run(
         raise LESSError(f"Expected --output to be a folder, got {output}, which is a file. Choose another name.")
     if not dry_run:
         plots.figure(1)  # without matplotlib nothing is trained that could not be drawn
+    data = [os.path.expanduser(source) if is_path(source) else source for source in data]
     for source in filter(is_path, data):
         text_files(Path(source))  # a wrong path is reported before the model is loaded
     described = {
@@ -53,11 +55,12 @@ def run(
         "dtype": str(dtype).removeprefix("torch."),
     }
     processes = Processes()
-    finished, left_over = (output / CONFIG_NAME).exists(), (output / WORK_NAME).exists()
+    finished = (output / CONFIG_NAME).exists()
+    left_over = finished and not dry_run and is_left_over(output, model_name, options, described)
     processes.wait()  # until all have looked
-    if finished and left_over:  # stopped after its last file
+    if left_over:
         if processes.is_first:
-            shutil.rmtree(output / WORK_NAME)
+            clear(console, output, OWN in data)
             console.print(f"{output} is finished.")
         return
     if finished:
@@ -79,13 +82,48 @@ def run(
         kernels = train(model, sampler, options, output, report, described)
     if not processes.is_first:
         return
-    log = json.loads((output / LOG_NAME).read_text())
+    log = read_log(output)
     atomic.replace(output, {PLOT_NAME: plots.image(plot.draw(log))})
     kernels.config.base_model = model_name
     kernels.save_pretrained(output)  # last: from here on the folder holds kernels
-    shutil.rmtree(output / WORK_NAME)
+    clear(console, output, OWN in data)
     console.print(layer_table(log))
     console.print(f"Wrote {output}. Try it: less-cache demo --model {model_name} --kernels {output}")
+
+
+def is_left_over(output: Path, model_name: str, options: TrainingOptions, described: dict[str, Any]) -> bool:
+    """Whether `output` holds the kernels of this very command, which was stopped while it removed its work."""
+    work, config = output / WORK_NAME, read_config(output)
+    if not work.is_dir() or config.base_model != model_name:
+        return False
+    training = described_training(fit(options, models.without_weights(model_name)), described)
+    if config.training != training:
+        return False
+    if not any(work.iterdir()):
+        return True
+    if not (work / RUN_NAME).is_file():
+        return False
+    run = read_run(work)
+    return run == identity(training, config.base_model_fingerprint, run.get("texts"))
+
+
+def clear(console: Console, output: Path, own_texts: bool) -> None:
+    """Remove the finished run's work, and say what else there is."""
+    try:
+        left = remove(output / WORK_NAME, own_texts)
+    except OSError as error:
+        console.print(f"{output / WORK_NAME} cannot be removed ({error}). It is not needed any more.")
+        return
+    if left:
+        console.print(f"{output / WORK_NAME} stays: this run did not make {', '.join(left[:8])}.")
+
+
+def read_log(output: Path) -> dict[str, Any]:
+    """The run's log, with NaN where a layer's share is none and JSON has null."""
+    log = plain_json.parse((output / LOG_NAME).read_text())
+    for record in log["layers"]:
+        record |= {key: math.nan for key in ("before", "after") if record[key] is None}
+    return log
 
 
 def fit(options: TrainingOptions, model: PreTrainedModel) -> TrainingOptions:
@@ -111,7 +149,7 @@ def texts(
     """The texts of one entry of `--data`, tokenized."""
     sequences = options.sequences + options.joint_steps * options.batch_size
     if source == OWN:
-        return own_text(model, options.sequences, options.longest, options.seed, output / WORK_NAME / "own", report)
+        return own_text(model, options.sequences, options.longest, options.seed, output / WORK_NAME / OWN_NAME, report)
     if is_path(source):
         return [tokenize(path.read_text("utf-8", "replace"), tokenizer) for path in text_files(Path(source))]
     return [hub_text(source, tokenizer, sequences * options.longest)]

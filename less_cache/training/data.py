@@ -13,7 +13,7 @@ import torch
 
 from less_cache.errors import LESSError
 from less_cache.integration.families import fingerprint
-from less_cache.training.work import differences, load_tensors, save_tensors
+from less_cache.training.work import differences, load_tensors, readable, save_tensors
 
 OWN = "self"
 OWN_BATCH = 8  # sequences sampled at once from a model
@@ -125,11 +125,16 @@ def own_text(
     `LESSError` where the folder has those of another model, seed, number or length: they belong to another run.
     """
     texts: list[torch.Tensor] = []
-    origin = {"model": fingerprint(model), "seed": str(seed), "sequences": str(sequences), "tokens of each": str(length)}
+    origin = {
+        "model": str(fingerprint(model)),
+        "seed": str(seed),
+        "sequences": str(sequences),
+        "tokens of each": str(length),
+    }
     start = model.generation_config.bos_token_id
     for first in range(0, sequences, OWN_BATCH):
         batch_path = folder / f"own_{first:04d}.safetensors"
-        if batch_path.exists() and (found := load_tensors(batch_path)[1]) != origin:
+        if batch_path.exists() and (found := _own_batch(batch_path)[1]) != origin:
             raise LESSError(
                 f"{folder} holds texts that were written for another run. {differences(found, origin)}. Repeat its options to "
                 "go on, or choose another output folder."
@@ -153,9 +158,16 @@ def own_text(
                     pad_token_id=0,
                 )
             save_tensors(batch_path, {"tokens": written[:, 1:]}, origin)
-        texts += load_tensors(batch_path)[0]["tokens"].unbind(0)
+        texts += _own_batch(batch_path)[0]
         report("own text", len(texts), sequences)
     return texts
+
+
+def _own_batch(path: Path) -> tuple[list[torch.Tensor], dict[str, str]]:
+    """Texts of one file of `own_text`, and whose they are."""
+    with readable(path):
+        tensors, origin = load_tensors(path)
+        return list(tensors["tokens"].unbind(0)), origin
 
 
 def tokenize(text: str, tokenizer) -> torch.Tensor:

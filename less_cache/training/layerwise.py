@@ -8,7 +8,6 @@ Axes: `b` examples, `h` query heads, `g` KV heads, `p` prompt tokens, `n` decode
 
 import collections
 import dataclasses
-import json
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,12 +15,13 @@ from pathlib import Path
 import torch
 
 from less_cache.errors import LESSError
+from less_cache.files import plain_json
 from less_cache.memory.base import TrainedMemory
 from less_cache.ops.attention import attention_logits
 from less_cache.training.capture import STAGE, Shard, shard_path
 from less_cache.training.options import TrainingOptions, draw_examples, falling
 from less_cache.training.simulate import Decode, attend, columns, roll
-from less_cache.training.work import load_tensors, save_tensors
+from less_cache.training.work import load_tensors, readable, save_tensors
 
 ROLLED_AT_ONCE = 16  # examples
 
@@ -44,7 +44,8 @@ class LayerTask:
     def __init__(self, folder: Path, options: TrainingOptions, sequences: Sequence[int], device: torch.device):
         self.folder, self.options, self.sequences, self.device = folder, options, sequences, device
         path = folder / "projection.safetensors"
-        self.projection = load_tensors(path, device)[0]["weight"] if path.exists() else None  # [hidden, h·d]
+        with readable(path, f"Remove {folder}: the same command makes it anew."):
+            self.projection = load_tensors(path, device)[0]["weight"] if path.exists() else None  # [hidden, h·d]
         self.decodes = self._roll()
 
     def shard(self, sequence: int) -> Shard:
@@ -149,11 +150,12 @@ def train_layer(
 
 
 def save_layer(path: Path, kernels: TrainedMemory, losses: list[float]) -> None:
-    save_tensors(path, kernels.state_dict(), {"losses": json.dumps(losses)})
+    save_tensors(path, kernels.state_dict(), {"losses": plain_json.dump(losses)})
 
 
 def load_layer(path: Path, kernels: TrainedMemory) -> list[float]:
     """Read a finished layer into `kernels`; returns its losses."""
-    tensors, metadata = load_tensors(path)
-    kernels.load_state_dict(tensors)
-    return json.loads(metadata["losses"])
+    with readable(path):
+        tensors, metadata = load_tensors(path)
+        kernels.load_state_dict(tensors)
+        return plain_json.parse(metadata["losses"])

@@ -4,15 +4,13 @@ Both stages see the regime of use: a prompt with full attention, one selection, 
 under the policy, for several prompt lengths, budgets and policies.
 
 A run keeps what it has finished in `work/` in its output folder: `capture/` (see `capture.py`), `layers/layer_05.safetensors`
-for each layer that is done, and `joint.pt`. The same call goes on there after any interruption and ends with the same
-bytes. At the end each layer is measured on the held-out sequences.
+for each layer that is done, `joint.pt`, and `run.json`, which says whose it is. The same call goes on there after any
+interruption and ends with the same bytes. At the end each layer is measured on the held-out sequences.
 """
 
 import copy
 import dataclasses
 import io
-import json
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,7 +19,7 @@ import torch
 from transformers import PreTrainedModel
 
 from less_cache.errors import LESSError
-from less_cache.files.atomic import DRAFT
+from less_cache.files import plain_json
 from less_cache.integration import hook
 from less_cache.integration.families import check_supported, fingerprint, full_attention_layers, geometry
 from less_cache.kernels.config import LESSConfig
@@ -36,11 +34,19 @@ from less_cache.training.layers import teacher_cache
 from less_cache.training.layerwise import LayerRecord, LayerTask, load_layer, save_layer, train_layer
 from less_cache.training.options import TrainingOptions
 from less_cache.training.processes import Processes
-from less_cache.training.work import differences, write_whole
+from less_cache.training.work import (
+    FORMAT,
+    OF_JOINT,
+    RUN_NAME,
+    WORK_NAME,
+    differences,
+    identity,
+    made_by_others,
+    read_run,
+    readable,
+    write_whole,
+)
 
-WORK_NAME = "work"
-FORMAT = 4  # of what `work/` holds, and of what the stages do with it
-OF_JOINT = ("joint_steps", "joint_learning_rate")  # options that the first stage does not depend on
 LOG_NAME = "training_log.json"
 
 
@@ -122,6 +128,11 @@ def train(
             module.training = training
 
 
+def described_training(options: TrainingOptions, described: Mapping[str, Any]) -> dict[str, Any]:
+    """The config's `training`, as its JSON has it."""
+    return plain_json.parse(plain_json.dump({**dataclasses.asdict(options), **described}))
+
+
 class _Run:
     def __init__(
         self,
@@ -150,7 +161,7 @@ class _Run:
             model_type=model.config.get_text_config(decoder=True).model_type,
             base_model_fingerprint=fingerprint(model),
             policy=policy_class(options.policies[0]).from_budget(USUAL_BUDGET).to_dict(),
-            training=json.loads(json.dumps({**dataclasses.asdict(options), **described})),
+            training=described_training(options, described),
         )
         with torch.random.fork_rng(devices=[]):  # weights that the stages draw anew: the user's generator stays where it is
             self.kernels = LESSKernels(config)
@@ -173,27 +184,23 @@ class _Run:
                 "joint": losses,
                 **machine.describe(self.model.device),
             }
-            write_whole(self.output / LOG_NAME, (json.dumps(log) + "\n").encode())
+            write_whole(self.output / LOG_NAME, (plain_json.dump(log) + "\n").encode())
         self.processes.wait()
         return kernels
 
     def claim_folder(self) -> None:
-        """A folder belongs to one model, one set of options and the same texts. What a killed process was writing goes."""
-        path = self.work / "run.json"
-        config = self.kernels.config
-        run = {
-            "format": FORMAT,
-            **{name: value for name, value in config.training.items() if name not in OF_JOINT},
-            "model": config.base_model_fingerprint,
-            "texts": self.sampler.digest(),
-        }
-        if self.processes.is_first:
-            for draft in [*self.output.rglob(f"{DRAFT}*")]:
-                shutil.rmtree(draft, ignore_errors=True)
-            if not path.exists():
-                write_whole(path, json.dumps(run).encode())
+        """A folder belongs to one model, one set of options and the same texts. Nothing in it is removed."""
+        path = self.work / RUN_NAME
+        run = identity(self.kernels.config.training, self.kernels.config.base_model_fingerprint, self.sampler.digest())
+        if not path.exists() and (names := made_by_others(self.work)):
+            raise LESSError(
+                f"{self.work}: expected no folder, or one that a training run began, got one with {', '.join(names[:8])} and "
+                f"without {RUN_NAME}. Choose another output folder."
+            )
+        if self.processes.is_first and not path.exists():
+            write_whole(path, plain_json.dump(run).encode())
         self.processes.wait()
-        found = json.loads(path.read_text())
+        found = read_run(self.work)
         if found.get("format") != FORMAT:  # the oldest had none
             raise LESSError(
                 f"{self.output} holds a run that another version of less-cache began. Choose another output folder."
@@ -267,13 +274,17 @@ class _Run:
         stage = JointStage(self.model, self.kernels, self.sampler, self.options, self.processes)
         options = {name: getattr(self.options, name) for name in OF_JOINT}
         if path.exists():
-            checkpoint = torch.load(path, map_location=self.model.device, weights_only=True)
-            if (found := checkpoint.pop("options")) != options:
+            remedy = "Remove it: the same command begins the joint stage anew."
+            with readable(path, remedy):
+                checkpoint = torch.load(path, map_location=self.model.device, weights_only=True)
+                found = checkpoint.pop("options")
+            if found != options:
                 raise LESSError(
                     f"{path} is of a joint stage with other options: expected {options}, got {found}. Repeat the options to go "
                     "on, or remove the file to begin that stage anew."
                 )
-            stage.load_state_dict(checkpoint)
+            with readable(path, remedy):
+                stage.load_state_dict(checkpoint)
         while stage.step < self.options.joint_steps:
             loss = stage.advance()
             self.report("joint", stage.step, self.options.joint_steps, loss)

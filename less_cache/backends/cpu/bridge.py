@@ -1,195 +1,226 @@
 """What a layer does on a processor, in C++: a decoding step in one call, and a prompt's attention together with its scores.
 
-`native_step.cpp` takes a whole step, for which PyTorch needs 60 to 200 small operations: the new token, attention over slots
-and virtual tokens, scores, the victim, φ, ψ and the state. `native_prompt.cpp` gives the output of attention to a prompt and
-the attention that each token got, in about the time of torch's attention alone. The C++ compiler of the machine builds both
-once, in a few seconds, into the user's cache folder; where there is none, PyTorch does it all.
+`step.cpp` takes a whole step, for which PyTorch needs 60 to 200 small operations: the new token, attention over slots and
+virtual tokens, scores, who leaves, φ, ψ and the state. `prompt.cpp` gives the output of attention to a prompt and the attention
+that each token got, in about the time of torch's attention alone. The C++ compiler of the machine builds both once, in a few
+seconds (`build.py`); where there is none, PyTorch does it all.
 
-`LESSLayer._step` and `prompt.read_prompt` are the oracles, and do what `can` and `can_read` refuse. Their rules stand in the
-C++ files a second time: those of `attention.less_attention`, of `observe`, `protected`, `capacity` and `victim` of the policies
-in `POLICIES`, and φ, ψ and the state of the memories in `MEMORIES`.
+`backends.torch.step` and `ops.prompt.read_prompt` are the oracles, and do what `can_step` and `can_read` refuse. Their rules
+stand in C++ a second time: those of `ops.attention.less_attention`, of the policies in `layout.POLICIES`, and φ, ψ and the
+state of the memories in `layout.MEMORIES`.
 
-The steps of a model compiled with torch.compile never come here.
+Axes: `b` rows, `h` query heads, `g` KV heads, `n` tokens, `c` slots of a KV head, `N` slots of all heads, `d` head dim,
+`w` width of values, `r` virtual tokens.
 """
 
-import contextlib
 import ctypes
 import functools
-import hashlib
-import os
-import platform
-import shlex
-import shutil
-import subprocess
-import sys
-import tempfile
-import warnings
-from pathlib import Path
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 
-from less_cache.memory import LayerKernels
-from less_cache.memory.base import TrainedMemory
-from less_cache.memory.centroids import LayerCentroids
-from less_cache.memory.soft_centroids import LayerSoftCentroids
+from less_cache.backends.cpu import build
+from less_cache.backends.cpu.layout import COUNTS, DTYPES, MEMORIES, MOST_QUERY_HEADS, NETWORKS, POLICIES, Network, Prompt, Step
+from less_cache.memory import LayerCentroids, LayerMemory, TrainedMemory
 from less_cache.ops.call import AttentionCall
-from less_cache.policies import H2O, EvictionPolicy, SinkRecent
+from less_cache.policies import CORM, H2O, EvictionPolicy
 from less_cache.slots import Held, Setup
+from less_cache.slots.formats import FloatSlots
 
-SOURCES = [Path(__file__).with_name(name) for name in ("step.cpp", "prompt.cpp", "vector_math.h")]
-MOST_QUERY_HEADS = 24  # of a KV head, for a prompt: ROWS in the C++ file
-# The numbers that the C++ file knows them by
-DTYPES = {torch.float32: 0, torch.bfloat16: 1}
-POLICIES: dict[type, int] = {H2O: 0, SinkRecent: 1}  # what they count: (heavy, recent) and (sinks, recent)
-MEMORIES = {type(None): 0, LayerKernels: 1, LayerSoftCentroids: 2, LayerCentroids: 3}
-
-NETWORK = ("w1", "b1", "w2", "w3", "b2", "s1", "s2")
-NETWORKS = {  # our names of these weights in φ and in ψ; "": none
-    LayerKernels: (
-        ("query_in", "", "query_out", "", "", "", ""),
-        ("key_in", "", "key_out", "key_mix", "", "key_scale", "mix_scale"),
-    ),
-    LayerSoftCentroids: (
-        ("query_in", "query_in_bias", "query_out", "query_skip", "query_bias", "", ""),
-        ("key_in", "key_in_bias", "key_out", "key_skip", "key_bias", "", ""),
-    ),
-}
-
-INSTRUCTIONS = {  # of a processor that torch calls so
-    "AVX2": ["-mavx2", "-mfma"],
-    "AVX512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"],
-}
-
-
-class Network(ctypes.Structure):
-    """As in the C++ file."""
-
-    _fields_ = [(name, ctypes.c_void_p) for name in NETWORK]
-
-
-class Step(ctypes.Structure):
-    """As in the C++ file."""
-
-    _fields_ = [
-        *((name, ctypes.c_int64) for name in ("b", "g", "s", "c", "d", "w", "r", "m", "threads")),
-        *((name, ctypes.c_int32) for name in ("dtype", "policy", "memory")),
-        *((name, ctypes.c_float) for name in ("scaling", "softcap")),
-        *((name, ctypes.c_void_p) for name in ("query", "key", "value", "real", "sinks")),
-        *((name, ctypes.c_void_p) for name in ("keys", "values", "positions", "scores", "seen", "counts", "settled")),
-        *((name, ctypes.c_void_p) for name in ("values_sum", "features_sum", "keys_sum", "squares_sum")),
-        ("query_network", Network),
-        ("key_network", Network),
-        *((name, ctypes.c_void_p) for name in ("fading", "limit", "output")),
-    ]
-
-
-class Prompt(ctypes.Structure):
-    """As in the C++ file."""
-
-    _fields_ = [
-        *((name, ctypes.c_int64) for name in ("heads", "s", "n", "d", "start", "threads")),
-        ("scaling", ctypes.c_float),
-        *((name, ctypes.c_void_p) for name in ("query", "key", "value", "received", "output")),
-    ]
+Expected = tuple[torch.Tensor, torch.dtype, tuple[int, ...]]
 
 
 def can_step(setup: Setup, held: Held, call: AttentionCall) -> bool:
     """Whether `step` knows how to take the one token of `call` into `held`. Anything odd is left to PyTorch, which says what is
-    wrong with it.
+    wrong with it: C++ reads and writes every tensor as what it should be.
     """
-    if not held.slots.is_plain:
+    memory, slots = setup.memory, held.slots
+    if type(setup.policy) not in POLICIES or type(memory) not in MEMORIES or type(slots.format) is not FloatSlots:
         return False
-    tensors, memory = held.tensors(), setup.memory
-    dtype = tensors["keys"].dtype
-    (b, h, _, d), (g, c, w) = call.query_states.shape, tensors["values"].shape[1:]
-    if type(setup.policy) not in POLICIES or type(memory) not in MEMORIES or dtype not in DTYPES:
+    if isinstance(memory, LayerCentroids) and isinstance(setup.policy, CORM):
+        return False  # several tokens that leave in one step are clustered together
+    (b, h, n, d), (_, g, _, w) = call.query_states.shape, call.value_states.shape
+    if n != 1 or g == 0 or h % g or call.value_states.dtype not in DTYPES or held.rows.counts is None:
         return False
-    floats, numbers = torch.float32, torch.int64
-    expected = {
-        **{"keys": ((b, g, c, d), dtype), "values": ((b, g, c, w), dtype)},
-        **{"positions": ((b, g, c), torch.int32), "scores": ((b, g, c), floats)},
-        **{"seen": ((b,), numbers), "counts": ((b, 2), numbers), "settled": ((b,), torch.bool)},
-    }
-    if isinstance(memory, LayerCentroids):
-        r = memory.num_centroids
-        expected |= {"count": ((b, g, r), floats), "squares_sum": ((b, g, r), floats)}
-        expected |= {"keys_sum": ((b, g, r, d), floats), "values_sum": ((b, g, r, w), floats)}
-    elif memory is not None:
-        r = memory.num_virtual_tokens
-        expected |= {"features_sum": ((b, g, r), floats), "values_sum": ((b, g, r, w + memory.extra_dims), floats)}
+    if isinstance(memory, TrainedMemory) and memory.sizes[:3] != (h, g, d):
+        return False
     return (
-        tensors.keys() == expected.keys()
-        and all(_is_plain(tensors[name], dtype) and tensors[name].shape == shape for name, (shape, dtype) in expected.items())
-        and all(states.dtype == dtype for states in (call.query_states, call.key_states, call.value_states))
-        and call.key_states.shape == (b, g, 1, d)
-        and call.value_states.shape == (b, g, 1, w)
-        and (call.sinks is None or call.sinks.shape == (h,))
-        and (not isinstance(memory, TrainedMemory) or memory.sizes[:3] == (h, g, d))
-        and _compiled() is not None
+        _fit(_expected_of_call(call, b, h, g, d, w))
+        and _fit(_expected_of_held(held, call.value_states.dtype, b, g, d, w), dense=True)
+        and _fit(_expected_of_state(memory, held.state, b, g, d, w), dense=True)
+        and _fit(_expected_of_weights(memory), dense=True)
+        and build.library() is not None
     )
 
 
-def _is_plain(tensor: torch.Tensor, dtype: torch.dtype) -> bool:
-    return tensor.dtype == dtype and tensor.device.type == "cpu" and tensor.is_contiguous()
+def _fit(expected: Iterable[Expected] | None, dense: bool = False) -> bool:
+    """Whether tensors on the processor are as expected, and `dense`: without gaps, in the order of their dimensions."""
+    if expected is None:
+        return False
+    for tensor, dtype, shape in expected:
+        if tensor.dtype is not dtype or tensor.shape != shape or not tensor.is_cpu or (dense and not tensor.is_contiguous()):
+            return False
+    return True
+
+
+def _expected_of_call(call: AttentionCall, b: int, h: int, g: int, d: int, w: int) -> list[Expected]:
+    dtype = call.value_states.dtype
+    expected: list[Expected] = [
+        (call.query_states, dtype, (b, h, 1, d)),
+        (call.key_states, dtype, (b, g, 1, d)),
+        (call.value_states, dtype, (b, g, 1, w)),
+    ]
+    if call.real is not None:
+        expected.append((call.real, torch.bool, (b, 1)))
+    if call.sinks is not None:
+        expected.append((call.sinks, call.sinks.dtype, (h,)))  # of any type: `step` makes floats of them
+    return expected
+
+
+def _expected_of_held(held: Held, dtype: torch.dtype, b: int, g: int, d: int, w: int) -> list[Expected] | None:
+    slots, rows = held.slots, held.rows
+    where = tuple(slots.positions.shape)  # [b, g, c], or [N]
+    if where[:-1] != ((b, g) if slots.starts is None else ()):
+        return None
+    expected: list[Expected] = [
+        (slots.stored["keys"], dtype, (*where, d)),
+        (slots.stored["values"], dtype, (*where, w)),
+        (slots.positions, torch.int32, where),
+        (slots.scores, torch.float32, where),
+        (rows.seen, torch.int64, (b,)),
+        (rows.settled, torch.bool, (b,)),
+        (rows.counts, torch.int64, (b, COUNTS) if rows.counts.dim() == 2 else (b, g, COUNTS)),
+    ]
+    if slots.bias is not None:
+        expected.append((slots.bias, torch.float32, where))
+    if slots.starts is not None:
+        expected.append((slots.starts, torch.int64, (b * g + 1,)))
+    return expected
+
+
+def _expected_of_state(memory: LayerMemory | None, state: Any, b: int, g: int, d: int, w: int) -> list[Expected]:
+    floats = torch.float32
+    if isinstance(memory, TrainedMemory):
+        r = memory.num_virtual_tokens
+        return [(state.features_sum, floats, (b, g, r)), (state.values_sum, floats, (b, g, r, w + memory.extra_dims))]
+    if isinstance(memory, LayerCentroids):
+        r = memory.num_centroids
+        return [
+            (state.count, floats, (b, g, r)),
+            (state.squares_sum, floats, (b, g, r)),
+            (state.keys_sum, floats, (b, g, r, d)),
+            (state.values_sum, floats, (b, g, r, w)),
+        ]
+    return []
+
+
+def _expected_of_weights(memory: LayerMemory | None) -> list[Expected] | None:
+    if not isinstance(memory, TrainedMemory):
+        return []
+    weights, shapes = _weights(memory), _shapes(type(memory), memory.sizes)
+    if weights.keys() != shapes.keys():
+        return None
+    return [(weights[name], torch.float32, shape) for name, shape in shapes.items()]
+
+
+def _weights(memory: TrainedMemory) -> dict[str, torch.Tensor]:
+    return dict(memory.named_parameters(recurse=False))
+
+
+@functools.cache
+def _shapes(memory: type[TrainedMemory], sizes: tuple[int, ...]) -> Mapping[str, tuple[int, ...]]:
+    return memory.shapes(*sizes)
 
 
 def step(setup: Setup, held: Held, call: AttentionCall) -> torch.Tensor | None:
-    """One token a row: `[b, h, 1, w]`; None, and nothing done, where the kernels are not float32 on a processor."""
-    library = _compiled()
-    assert library is not None, "`can` says whether it is there"
+    """Take one token a row into `held`, where `can_step` said yes: its output, `[b, h, 1, w]`; None where the slots of heads do
+    not lie one after the other, and nothing was done.
+    """
+    library = build.library()
+    assert library is not None, "`can_step` says whether it is there"
+    memory, slots, rows, counts = setup.memory, held.slots, held.rows, held.rows.counts
+    (b, h, _, d), (_, g, _, w) = call.query_states.shape, call.value_states.shape
     query_states, key_states, value_states = (
         states.contiguous() for states in (call.query_states, call.key_states, call.value_states)
     )
-    b, h, _, d = query_states.shape
-    slots, rows, state = held.slots, held.rows, held.state
-    g, c, w = slots.values.shape[1:]
-    output = value_states.new_empty(b, h, 1, w)
     real = None if call.real is None else call.real.contiguous()
     sinks = None if call.sinks is None else call.sinks.detach().float().contiguous()
-    memory = setup.memory
-    weights = {} if memory is None else dict(memory.named_parameters(recurse=False))
-    if not all(_is_plain(each, torch.float32) for each in weights.values()):
-        return None
+    output = value_states.new_empty(b, h, 1, w)
     arguments = Step(
-        *(b, g, h // g, c, d, w, 0, 0, torch.get_num_threads()),
-        *(DTYPES[query_states.dtype], POLICIES[type(setup.policy)], MEMORIES[type(memory)]),
-        *(call.scaling, call.softcap or 0.0),
-        *(query_states.data_ptr(), key_states.data_ptr(), value_states.data_ptr()),
-        *(None if given is None else given.data_ptr() for given in (real, sinks)),
-        *(slots.keys.data_ptr(), slots.values.data_ptr(), slots.positions.data_ptr(), slots.scores.data_ptr()),
-        *(rows.seen.data_ptr(), rows.counts.data_ptr(), rows.settled.data_ptr()),
+        b=b,
+        g=g,
+        s=h // g,
+        n=slots.positions.numel(),
+        d=d,
+        w=w,
+        threads=torch.get_num_threads(),
+        counts_of_row=counts.stride(0),
+        counts_of_head=0 if counts.dim() == 2 else counts.stride(1),
+        dtype=DTYPES[value_states.dtype],
+        policy=POLICIES[type(setup.policy)],
+        memory=MEMORIES[type(memory)],
+        scaling=call.scaling,
+        softcap=call.softcap or 0.0,
+        query=query_states.data_ptr(),
+        key=key_states.data_ptr(),
+        value=value_states.data_ptr(),
+        real=_address(real),
+        sinks=_address(sinks),
+        starts=_address(slots.starts),
+        keys=slots.stored["keys"].data_ptr(),
+        values=slots.stored["values"].data_ptr(),
+        positions=slots.positions.data_ptr(),
+        scores=slots.scores.data_ptr(),
+        bias=_address(slots.bias),
+        seen=rows.seen.data_ptr(),
+        settled=rows.settled.data_ptr(),
+        counts=counts.data_ptr(),
         output=output.data_ptr(),
     )
-    if memory is not None:
-        arguments.values_sum = state.values_sum.data_ptr()
-    if isinstance(memory, LayerCentroids):
-        arguments.r = memory.num_centroids
-        arguments.features_sum = state.count.data_ptr()
-        arguments.keys_sum = state.keys_sum.data_ptr()
-        arguments.squares_sum = state.squares_sum.data_ptr()
-    elif memory is not None:
-        pointers = {name: each.data_ptr() for name, each in weights.items()}
-        query, key = NETWORKS[type(memory)]
-        arguments.r, arguments.m = memory.num_virtual_tokens, memory.sizes[3]
-        arguments.features_sum = state.features_sum.data_ptr()
-        arguments.query_network = Network(*(pointers.get(name) for name in query))
-        arguments.key_network = Network(*(pointers.get(name) for name in key))
-        arguments.fading, arguments.limit = pointers.get("fading"), pointers.get("limit")
-    library.less_step(ctypes.byref(arguments))
-    return output
+    if isinstance(memory, TrainedMemory):
+        _hand_over_trained(arguments, memory, held.state)
+    elif isinstance(memory, LayerCentroids):
+        _hand_over_centroids(arguments, held.state)
+    return output if library.less_step(ctypes.byref(arguments)) else None
+
+
+def _hand_over_trained(arguments: Step, memory: TrainedMemory, state: Any) -> None:
+    addresses = {name: weight.data_ptr() for name, weight in _weights(memory).items()}
+    query, key = NETWORKS[type(memory)]
+    arguments.m = memory.sizes[3]
+    arguments.r, arguments.e = state.values_sum.shape[2:]
+    arguments.values_sum, arguments.features_sum = state.values_sum.data_ptr(), state.features_sum.data_ptr()
+    arguments.query_network = Network(*[addresses.get(name) for name in query])
+    arguments.key_network = Network(*[addresses.get(name) for name in key])
+    arguments.fading, arguments.limit = addresses.get("fading"), addresses.get("limit")
+
+
+def _hand_over_centroids(arguments: Step, state: Any) -> None:
+    arguments.r, arguments.e = state.values_sum.shape[2:]
+    arguments.values_sum, arguments.features_sum = state.values_sum.data_ptr(), state.count.data_ptr()
+    arguments.keys_sum, arguments.squares_sum = state.keys_sum.data_ptr(), state.squares_sum.data_ptr()
+
+
+def _address(tensor: torch.Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
 
 
 def can_read(policy: EvictionPolicy, call: AttentionCall) -> bool:
     """Whether `read_prompt` knows how to read the prompt of `call`."""
-    (_, h, _, d), g = call.query_states.shape, call.key_states.shape[1]
+    states = call.query_states, call.key_states, call.value_states
+    (b, h, n, d), g = call.query_states.shape, call.key_states.shape[1]
     return (
         type(policy) is H2O
-        and call.key_states.shape == call.value_states.shape
+        and call.key_states.shape == call.value_states.shape == (b, g, n, d)
         and d % 64 == 0
+        and h % g == 0
         and h // g <= MOST_QUERY_HEADS
         and call.softcap is None
         and call.sinks is None
-        and _compiled() is not None
+        and call.real is None
+        and all(each.is_cpu and each.is_floating_point() for each in states)
+        and build.library() is not None
     )
 
 
@@ -201,72 +232,29 @@ def read_prompt(
     start: int,
     attends: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """What `prompt.read_prompt` does for H2O: scores `[b, g, n]` and output `[b, h, n, d]`."""
-    library = _compiled()
+    """What `ops.prompt.read_prompt` does for H2O: scores `[b, g, n]` and output `[b, h, n, d]`."""
+    library = build.library()
     assert library is not None, "`can_read` says whether it is there"
     query_states, key_states, value_states = (
         states.float().contiguous() for states in (call.query_states, call.key_states, call.value_states)
     )
     b, h, n, d = query_states.shape
     g = key_states.shape[1]
-    scores = scores.clone(memory_format=torch.contiguous_format)
+    scores = scores.float().clone(memory_format=torch.contiguous_format)
     output = torch.empty_like(query_states) if attends else None
     arguments = Prompt(
-        *(b * g, h // g, n, d, start, torch.get_num_threads(), call.scaling),
-        *(query_states.data_ptr(), key_states.data_ptr(), value_states.data_ptr() if attends else None),
-        *(scores.data_ptr(), None if output is None else output.data_ptr()),
+        heads=b * g,
+        s=h // g,
+        n=n,
+        d=d,
+        start=start,
+        threads=torch.get_num_threads(),
+        scaling=call.scaling,
+        query=query_states.data_ptr(),
+        key=key_states.data_ptr(),
+        value=value_states.data_ptr() if attends else None,
+        received=scores.data_ptr(),
+        output=_address(output),
     )
     library.less_read_prompt(ctypes.byref(arguments))
     return scores, None if output is None else output.to(call.value_states.dtype)
-
-
-def compiler() -> str | None:
-    """The C++ compiler: $CXX, or what is called c++ or g++; None where there is none that we can drive."""
-    if sys.platform == "win32":
-        return None
-    return os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
-
-
-@functools.cache
-def _compiled() -> ctypes.CDLL | None:
-    """The C++ functions, built where this user has not built them before; None without a compiler and, with a warning, where
-    that fails.
-    """
-    found = compiler()
-    if found is None:
-        return None
-    try:
-        library = _build(shlex.split(found))
-        for function in (library.less_step, library.less_read_prompt):
-            function.restype, function.argtypes = None, [ctypes.c_void_p]
-    except (OSError, RuntimeError, ValueError, AttributeError, subprocess.CalledProcessError) as error:
-        reason = " ".join((getattr(error, "stderr", None) or str(error)).split())[:300]
-        warnings.warn(
-            f"less_cache: the C++ form could not be built ({reason}). PyTorch takes its place, with the same result in more "
-            "time. The compiler is $CXX, or c++; it writes into $XDG_CACHE_HOME/less-cache, or ~/.cache/less-cache.",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-        return None
-    return library
-
-
-def _build(compile_with: list[str]) -> ctypes.CDLL:
-    """The library of this source, command and kind of machine; a file that does not load is built anew."""
-    command = [*compile_with, "-O3", "-std=c++17", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math"]
-    command += INSTRUCTIONS.get(torch.backends.cpu.get_cpu_capability(), [])
-    command += ["-fopenmp"] if sys.platform == "linux" else []  # Apple's compiler has none: one thread
-    said = [platform.machine(), *command, *(source.read_text("utf-8") for source in SOURCES)]
-    digest = hashlib.sha256("\0".join(said).encode()).hexdigest()
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "less-cache"
-    library = folder / f"native-{digest[:16]}.so"
-    if library.exists():
-        with contextlib.suppress(OSError):
-            return ctypes.CDLL(str(library))
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as work:
-        built = Path(work) / library.name
-        sources = [source for source in SOURCES if source.suffix == ".cpp"]
-        subprocess.run([*command, *sources, "-o", built], check=True, capture_output=True, text=True, errors="replace")
-        built.replace(library)  # other processes may build it at the same time: each sees all of it or nothing
-    return ctypes.CDLL(str(library))

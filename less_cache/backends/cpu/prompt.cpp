@@ -1,5 +1,5 @@
 // Attention of a prompt without padding on a processor, and the attention that each of its tokens gets, in one pass: what
-// `attention.causal_blocks` does. `native.py` compiles and calls it.
+// `ops.attention.causal_blocks` does. `bridge.py` calls it.
 //
 //     l = scaling · Q Kᵀ, causal     P = softmax(l)     output = P V     received_j += Σ_{heads of the group, queries} P_ij
 //
@@ -26,6 +26,8 @@ struct Prompt {
     float *output;      // [b, g, s, n, d], or null
 };
 
+static_assert(sizeof(Prompt) == BYTES_OF_PROMPT, "`layout.py` has the same fields");
+
 namespace {
 
 #ifdef __AVX512F__
@@ -33,7 +35,8 @@ const int64_t LANES = 16, ROWS_AT_ONCE = 8, MEANS_AT_ONCE = 6; // what 32 regist
 #else
 const int64_t LANES = 8, ROWS_AT_ONCE = 4, MEANS_AT_ONCE = 3; // what 16 registers hold
 #endif
-const int64_t ROWS = 24; // `native.MOST_QUERY_HEADS`
+const int64_t ROWS = MOST_QUERY_HEADS; // of several queries where a KV head has fewer
+static_assert(ROWS % ROWS_AT_ONCE == 0 && ROWS % MEANS_AT_ONCE == 0, "blocks of rows are full");
 const int64_t TILES_AT_ONCE = 3, VECTORS_AT_ONCE = 4, TILES_IN_CACHE = 8;
 
 typedef float Vector __attribute__((vector_size(LANES * sizeof(float))));

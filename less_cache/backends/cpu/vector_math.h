@@ -1,12 +1,51 @@
-// What both parts of the C++ form compute with.
+// What all parts of the C++ form compute with.
 
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <vector>
 
+const int64_t CACHE_LINE = 16; // floats
 const float INFINITE = std::numeric_limits<float>::infinity();
+const float TINY = std::numeric_limits<float>::min();
+
+// Room for numbers, from the start of a cache line on: a vector register that lies in two of them takes twice as long to load.
+// What is in it at first means nothing.
+class Buffer {
+    std::vector<float> numbers;
+
+  public:
+    float *of_size(int64_t size) {
+        if (int64_t(numbers.size()) < size + CACHE_LINE) numbers.resize(size + CACHE_LINE);
+        const uintptr_t line = CACHE_LINE * sizeof(float), address = reinterpret_cast<uintptr_t>(numbers.data());
+        return reinterpret_cast<float *>((address + line - 1) / line * line);
+    }
+};
+
+// bfloat16 is the first half of a float's bits.
+struct bfloat16 {
+    uint16_t bits;
+};
+
+inline float widen(float x) { return x; }
+
+inline float widen(bfloat16 x) {
+    uint32_t bits = uint32_t(x.bits) << 16;
+    float wide;
+    std::memcpy(&wide, &bits, sizeof wide);
+    return wide;
+}
+
+inline void narrow(float x, float &to) { to = x; }
+
+inline void narrow(float x, bfloat16 &to) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, sizeof bits);
+    to.bits = x != x ? 0x7fc0 : uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16); // to the nearest, ties to even
+}
 
 // e^x to 2e-7 of itself, 0 below -87: a form that compilers vectorise, which std::exp is not.
 inline float fast_exp(float x) {
@@ -26,4 +65,41 @@ inline float fast_exp(float x) {
     float power;
     std::memcpy(&power, &exponent, sizeof power);
     return x < low ? 0.0f : x > 88.0f ? INFINITE : x != x ? x : p * power;
+}
+
+// x Φ(x), with erf to 2e-7 (Abramowitz and Stegun, 7.1.26).
+inline float gelu(float x) {
+    const float z = std::fabs(x) * 0.70710678f, t = 1.0f / (1.0f + 0.3275911f * z);
+    const float p = ((((1.061405429f * t - 1.453152027f) * t + 1.421413741f) * t - 0.284496736f) * t + 0.254829592f) * t;
+    const float erf = 1.0f - p * fast_exp(-z * z);
+    return 0.5f * x * (1.0f + (x < 0 ? -erf : erf));
+}
+
+inline void gelu(float *x, int64_t n) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; i++) x[i] = gelu(x[i]);
+}
+
+// Loops over a number known to the compiler are several times faster: N, or n where N is 0.
+template <int N> inline int64_t known(int64_t n) { return N ? N : n; }
+
+template <int N, typename T> inline float dot(const float *a, const T *b, int64_t n) {
+    float sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < known<N>(n); i++) sum += a[i] * widen(b[i]);
+    return sum;
+}
+
+// y[j] += Σ_i x[i] weights[i, j]
+template <int N> inline void add_product_of(const float *x, const float *weights, float *y, int64_t rows, int64_t columns) {
+    const int64_t n = known<N>(columns);
+    for (int64_t i = 0; i < rows; i++)
+#pragma omp simd
+        for (int64_t j = 0; j < n; j++) y[j] += x[i] * weights[i * n + j];
+}
+
+inline void add_product(const float *x, const float *weights, float *y, int64_t rows, int64_t columns) {
+    (columns == 4   ? add_product_of<4>
+     : columns == 8 ? add_product_of<8>
+                    : add_product_of<0>)(x, weights, y, rows, columns);
 }
