@@ -201,9 +201,8 @@ def test_autocast_in_one_call_and_not_in_the_next():
     with torch.autocast("cpu", torch.bfloat16):
         read(model, cache, PROMPT)
         expected = read(model, cache.fork(), NEXT)
-    with pytest.raises(
-        LESSError, match=r"expected (keys|values) of type torch\.bfloat16, as in the turns before, got torch\.float32"
-    ):
+    message = r"expected (keys|values) of type torch\.bfloat16, as in the turns before, got torch\.float32"
+    with pytest.raises(LESSError, match=message):
         read(model, cache, NEXT)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(read(model, cache, NEXT), expected), "nothing was lost"

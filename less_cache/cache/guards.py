@@ -40,8 +40,8 @@ def check_dtypes(layer_idx: int, expected: Sequence[torch.dtype], got: Sequence[
     for name, before, now in zip(("keys", "values"), expected, got, strict=True):
         if now != before:
             raise LESSError(
-                f"Layer {layer_idx}: expected {name} of type {before}, as in the turns before, got {now}. Use the same model and "
-                "the same autocast in every call, or call cache.reset()."
+                f"Layer {layer_idx}: expected {name} of type {before}, as in the turns before, got {now}. Use the same "
+                "model and the same autocast in every call, or call cache.reset()."
             )
 
 

@@ -18,10 +18,7 @@ def own_column(attention_mask: torch.Tensor, n: int) -> torch.Tensor:
 
     `attention_mask`: `[b, 1, n, n]` or `[b, n]`, bool or additive; longer ones end with the new tokens.
     """
-    if attention_mask.dim() == 2:
-        own = attention_mask[:, -n:]
-    else:
-        own = attention_mask[:, 0, -n:, -n:].diagonal(dim1=-2, dim2=-1)
+    own = attention_mask[:, -n:] if attention_mask.dim() == 2 else attention_mask[:, 0, -n:, -n:].diagonal(dim1=-2, dim2=-1)
     return own if own.dtype == torch.bool else additive_to_bool(own)
 
 
