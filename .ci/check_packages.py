@@ -7,7 +7,8 @@ from pathlib import Path
 
 PACKAGE = ["less_cache/__init__.py", "less_cache/py.typed", "less_cache/data/pride-and-prejudice-chapter-19.txt"]
 PACKAGE += ["less_cache/hub/custom_generate/generate.py", "less_cache/hub/custom_generate/requirements.txt"]
-PACKAGE += ["less_cache/native_step.cpp", "less_cache/native_prompt.cpp", "less_cache/native_math.h"]
+NATIVE = ("step.cpp", "prompt.cpp", "step.h", "policies.h", "memories.h", "vector_math.h")
+PACKAGE += [f"less_cache/backends/cpu/{name}" for name in NATIVE]
 WHEEL = [*PACKAGE, "licenses/LICENSE", "less_cache/hub/catalogue.json"]
 SDIST = [
     *PACKAGE,

@@ -7,7 +7,7 @@ import torch
 import zoo
 from tiny import tiny_kernels, tiny_llama
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 from less_cache import CORM, H2O, LESSCache, LESSError, LESSKernels, SinkRecent
 from less_cache.backends import select
@@ -89,6 +89,8 @@ def test_stopped_around_the_native_step():
 @pytest.mark.parametrize("family", ["gemma3_text", "gpt_oss", "qwen3_next", "lfm2"])
 def test_stopped_in_a_model_with_layers_of_its_own(family, block):
     """Sliding windows, convolutions and recurrent states have taken tokens in that the layers under LESS have not."""
+    if family in ("qwen3_next", "lfm2") and not hasattr(Cache, "get_conv_state"):
+        pytest.skip("older versions of transformers change a layer's convolution in place, and no cache sees it")
     model = zoo.build(family)
     assert_exact_or_refused(model, lambda: LESSCache(model, H2O(4, 4)), block, every=7)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel, StaticCache
-from transformers.cache_utils import DummyLayer
+from transformers.cache_utils import DynamicLayer
 
 from less_cache.cache import footprint, snapshot
 from less_cache.cache.footprint import MemoryFootprint
@@ -105,7 +105,7 @@ class LESSCache(Cache):
                 f"{', '.join(growing)}, which grows with the text. Use static=False."
             )
         super().__init__(layers=layers)
-        own_layers = [index for index, layer in enumerate(layers) if not isinstance(layer, LESSLayer | DummyLayer)]
+        own_layers = [index for index, layer in enumerate(layers) if _takes_tokens(layer) and not isinstance(layer, LESSLayer)]
         self._forward = Forward(own_layers[-1] if own_layers else None)
         self._interrupted = False
         self.seen_mask: torch.Tensor | None = None  # which seen tokens the mask of the present forward shows, `[b, t]`
@@ -263,6 +263,9 @@ class LESSCache(Cache):
     def reset(self) -> None:
         """Forget everything: the next text is a new one."""
         super().reset()
+        for layer in self.layers:
+            if isinstance(layer, DynamicLayer):
+                layer.is_initialized = False  # older versions of transformers keep keys of the length that they had
         self._forward.reset()
         self._interrupted = False
 
@@ -335,6 +338,11 @@ class LESSCache(Cache):
     def memory_footprint(self) -> MemoryFootprint:
         """Bytes held now, and what a full cache would take for as many tokens."""
         return footprint.measure(self.layers)
+
+
+def _takes_tokens(layer: Any) -> bool:
+    """Whether a layer holds anything; transformers puts empty ones where a model has no attention."""
+    return type(layer).__name__ != "DummyLayer"  # older versions have no such class
 
 
 def _spending(budget: int | float | None, policy: EvictionPolicy | None, kernels: LESSKernels | None) -> EvictionPolicy | None:
