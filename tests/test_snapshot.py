@@ -2,6 +2,7 @@
 
 import json
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ from tiny import tiny_kernels, tiny_llama
 from less_cache import CORM, H2O, LESSCache, LESSError, SinkRecent
 from less_cache.cache import snapshot
 from less_cache.memory import MEMORIES
+
+FIXTURES = Path(__file__).parent / "fixtures"
 
 POLICIES = [H2O(heavy=4, recent=3), H2O(heavy=0.1, recent=0.1), SinkRecent(sinks=2, recent=5), CORM(window=4, recent=3)]
 
@@ -200,3 +203,27 @@ def test_an_interrupted_cache_is_not_saved(prompt, tmp_path):
     with pytest.raises(LESSError, match="interrupted between two layers"):
         cache.save(tmp_path / "prefix")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("policy", [H2O(4, 3), CORM(4, 4)], ids=lambda policy: policy.name)
+def test_a_file_of_version_0_2(policy):
+    """Written before slots had heads of different sizes: it goes on as a cache that has read the same now."""
+    model = tiny_llama()
+    kernels = tiny_kernels(model, memory="soft_centroids")
+    tokens = torch.randint(1, 97, (2, 30), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones(2, 31, dtype=torch.long)
+    mask[1, :7] = 0
+    positions = (mask.cumsum(-1) - 1).clamp_min(0)
+    loaded = LESSCache.load(FIXTURES / f"snapshot_1_{policy.name}.safetensors", model.config, kernels)
+    fresh = LESSCache(model, policy, kernels)
+    with torch.no_grad():
+        for block in (slice(0, 25), *(slice(at, at + 1) for at in range(25, 30))):
+            options = {"attention_mask": mask[:, : block.stop], "position_ids": positions[:, block]}
+            model(tokens[:, block], past_key_values=fresh, **options)
+        assert loaded.get_seq_length() == fresh.get_seq_length() == 30
+        options = {"attention_mask": mask, "position_ids": positions[:, 30:]}
+        logits = [model(tokens[:, :1], past_key_values=cache, **options).logits for cache in (loaded, fresh)]
+    torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-4)
+    for old, new in zip(loaded.layers, fresh.layers, strict=True):
+        assert [sorted(head) for row in old.positions.tolist() for head in row if head] != []
+        assert old.seen.tolist() == new.seen.tolist() == [31, 24]

@@ -1,1 +1,6 @@
 """Who does a layer's work: PyTorch, the oracle, or a form of it for one kind of device."""
+
+from less_cache.backends.base import Backend
+from less_cache.backends.select import attends_prompt, read_first_block, take_block, take_step
+
+__all__ = ["Backend", "attends_prompt", "read_first_block", "take_block", "take_step"]

@@ -19,6 +19,7 @@ class HoldingLayer(CacheLayerMixin):
     """
 
     setup: Setup
+    leads: bool
     cumulative_length: Any  # tokens seen, padding included
     _held: Held | None
 
@@ -74,6 +75,8 @@ class HoldingLayer(CacheLayerMixin):
         held = Held.from_tensors(tensors, self.setup, dtype)
         b, g = held.slots.sizes.shape
         self._begin(b, g, held.slots.values.shape[-1], dtype, held.slots.values.dtype, held.slots.positions.device)
+        if self.leads:
+            held.rows.assume_left_padding(cumulative_length)  # files of earlier versions do not say where padding was
         self._hold(held)
         self.cumulative_length += cumulative_length
 

@@ -1,1 +1,5 @@
-"""The link to transformers: attention's dispatch, and what is known of model families."""
+"""The link to transformers: attention's dispatch, what is known of model families, and where a model's weights are."""
+
+from less_cache.integration.families import Geometry, check_supported, fingerprint, full_attention_layers, geometry
+
+__all__ = ["Geometry", "check_supported", "fingerprint", "full_attention_layers", "geometry"]

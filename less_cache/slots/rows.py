@@ -73,6 +73,12 @@ class Rows:
         if not bool(tokens.all()):
             self.real = torch.cat([self.real_of(before), tokens], dim=-1)
 
+    def assume_left_padding(self, num_tokens: int) -> None:
+        """Of `num_tokens` tokens, padding included, take those that are not real for the first of each row."""
+        if self.real is None and bool((self.seen < num_tokens).any()):
+            tokens = torch.arange(num_tokens, device=self.seen.device)
+            self.real = tokens >= num_tokens - self.seen.unsqueeze(-1)
+
     def real_of(self, num_tokens: int) -> torch.Tensor:
         """Which of the first `num_tokens` tokens, padding included, are real: bool `[b, num_tokens]`."""
         if self.real is None:
