@@ -43,11 +43,9 @@ def measure(layers: Sequence[Any]) -> MemoryFootprint:
     keys_values = low_rank_state = bookkeeping = full_cache = 0
     for layer in layers:
         if not isinstance(layer, LESSLayer):
-            own = list(_tensors(vars(layer)))
-            held = sum(tensor.nbytes for tensor in own if tensor.dim() > 0)
-            bookkeeping += sum(tensor.nbytes for tensor in own) - held  # counters
-            keys_values += held
-            full_cache += held
+            own = sum(tensor.nbytes for tensor in _tensors(vars(layer)) if tensor.dim() > 0)  # but for a counter
+            keys_values += own
+            full_cache += own
             continue
         stored = layer.setup.format.names()
         for name, tensor in layer.allocated().items():
@@ -58,8 +56,6 @@ def measure(layers: Sequence[Any]) -> MemoryFootprint:
             else:
                 low_rank_state += tensor.nbytes
         bookkeeping += layer.recorded_bytes
-        if isinstance(layer.cumulative_length, torch.Tensor):
-            bookkeeping += layer.cumulative_length.nbytes
         if not layer.is_empty:
             slots = layer.held.slots
             bookkeeping += slots.host_bytes

@@ -75,13 +75,15 @@ def check_reader(layer_idx: int, module: torch.nn.Module, owner: torch.nn.Module
 
 
 def _same_weights(module: torch.nn.Module, other: torch.nn.Module) -> bool:
+    """Whether what both have in common is the same up to rounding: copies of another type and adapted ones belong together."""
     weights, others = dict(module.named_parameters()), dict(other.named_parameters())
-    if any(weight.is_meta for weight in (*weights.values(), *others.values())):
-        return True  # offloaded: nothing to compare
-    return weights.keys() == others.keys() and all(
-        weight.shape == others[name].shape and torch.equal(weight.to(others[name]), others[name])
-        for name, weight in weights.items()
-    )
+    for name in weights.keys() & others.keys():
+        weight, same = weights[name], others[name]
+        if weight.is_meta or same.is_meta:
+            continue  # offloaded: nothing to compare
+        if weight.shape != same.shape or not torch.allclose(weight.to(same), same, rtol=2e-2, atol=1e-3):
+            return False
+    return True
 
 
 def real_tokens(layer_idx: int, attention_mask: torch.Tensor | None, b: int, n: int) -> torch.Tensor | None:
