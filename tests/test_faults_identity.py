@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tiny import VOCAB, tiny_kernels, tiny_llama
 from torch.testing._internal.two_tensor import TwoTensor
-from transformers import DynamicCache
+from transformers import CONFIG_MAPPING, DynamicCache
 
 from less_cache import H2O, LESSCache, LESSError
 from less_cache.cache import snapshot
@@ -623,6 +623,8 @@ HYBRIDS = [
 
 @pytest.mark.parametrize("family", [*HYBRIDS, "gemma3_text", "gpt_oss", "llama4_text", "llama"])
 def test_the_footprint_is_every_byte_that_layers_hold(family):
+    if family not in CONFIG_MAPPING:
+        pytest.skip(f"this version of transformers has no {family}")
     model = zoo.build(family)
     cache = LESSCache(model, H2O(4, 3), tiny_kernels(model))
     prompt = torch.cat([PROMPT, PROMPT[:, :4]], dim=1)
