@@ -364,7 +364,7 @@ def test_a_run_removes_what_it_made_and_nothing_else(model, text, tmp_path, monk
     def meanwhile(*given):
         kernels = train(*given)
         (out / "work" / "layers" / ".saving-of-a-killed-process").mkdir()
-        for name in ("work/notes.txt", "other/work/run.json", "other/work/.saving-x/half", ".saving-y/half"):
+        for name in ("work/notes.txt", "other/run.json", "other/.saving-x/half", ".saving-y/half"):
             (out / name).parent.mkdir(parents=True, exist_ok=True)
             (out / name).write_text(name)
             others[name] = name.encode()

@@ -1,13 +1,13 @@
 """A layer of fixed shapes and addresses, for `torch.compile` and CUDA graphs."""
 
 import copy
+from typing import Any
 
 import torch
 from torch._dynamo import mark_static_address
 
 from less_cache.cache.layer import LESSLayer
 from less_cache.errors import LESSError
-from less_cache.memory import LayerMemory
 from less_cache.ops.call import AttentionCall
 from less_cache.policies import EvictionPolicy
 from less_cache.slots import Held
@@ -29,15 +29,7 @@ class StaticLESSLayer(LESSLayer):
 
     grows = False
 
-    def __init__(
-        self,
-        policy: EvictionPolicy,
-        kernels: LayerMemory | None,
-        layer_idx: int,
-        leads: bool = True,
-        slots: str = "float",
-        shares: torch.Tensor | None = None,
-    ):
+    def __init__(self, policy: EvictionPolicy, *args: Any, **kwargs: Any):
         counts = policy.resolve(torch.ones(1, dtype=torch.long))  # [1, f]
         if policy.capacity(counts.T[:, :, None, None]) is None:
             raise LESSError(
@@ -47,7 +39,7 @@ class StaticLESSLayer(LESSLayer):
         self._buffers: dict[str, torch.Tensor] = {}  # by the names of `tensors`
         with torch.inference_mode(False):
             self.cumulative_length = torch.zeros((), dtype=torch.long)
-        super().__init__(policy, kernels, layer_idx, leads, slots, shares)
+        super().__init__(policy, *args, **kwargs)
 
     def reset(self) -> None:
         length = self.cumulative_length
