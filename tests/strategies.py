@@ -22,7 +22,8 @@ def policies(draw, name: str, fractions: bool = False) -> EvictionPolicy:
     counts = {}
     for field in dataclasses.fields(policy):
         count = st.integers(field.metadata.get("least", 1), 5)
-        counts[field.name] = draw(count | FRACTIONS if fractions else count)
+        whole = field.metadata.get("whole", False)
+        counts[field.name] = draw(count | FRACTIONS if fractions and not whole else count)
     return policy(**counts)
 
 

@@ -20,6 +20,7 @@ FOLDERS = [  # each imports only from those before it; docs/architecture.md says
     "ops",
     "memory",
     "slots",
+    "fitting",
     "backends",
     "integration",
     "kernels",

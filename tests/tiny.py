@@ -109,12 +109,13 @@ def plain_attention(module, query, key, value, mask, dropout=0.0, scaling=None, 
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     if mask is None:
-        mask = torch.ones(n, n, dtype=torch.bool).tril()
+        columns = key.shape[2]
+        mask = torch.ones(n, columns, dtype=torch.bool).tril(columns - n)
     mask = mask if mask.dtype == torch.bool else mask == 0
     logits = logits.masked_fill(~mask, -torch.inf)
     if s_aux is not None:
         logits = torch.cat([logits, s_aux.double().view(1, -1, 1, 1).expand(*logits.shape[:3], 1)], dim=-1)
-    output = logits.softmax(dim=-1)[..., :n] @ value
+    output = logits.softmax(dim=-1)[..., : key.shape[2]] @ value
     return output.transpose(1, 2).to(query.dtype), None
 
 
@@ -157,10 +158,10 @@ def feed(
 
 def held_positions(layer: LESSLayer) -> list[list[list[int]]]:
     """Positions that each row's KV heads hold, in order."""
-    return [[sorted(p for p in head if p >= 0) for head in row] for row in layer.held.slots.columns().positions.tolist()]
+    return [[sorted(p for p in head if p >= 0) for head in row] for row in layer.positions.tolist()]
 
 
 def held_tokens(layer: LESSLayer, real: torch.Tensor) -> torch.Tensor:
     """Which of the tokens seen each KV head holds, bool `[b, g, T]`. `real`: `[b, T]`."""
     row_positions = (real.cumsum(-1) - 1).masked_fill(~real, -2)  # [b, T]; -2 is in no slot
-    return (layer.held.slots.columns().positions.unsqueeze(-1) == row_positions[:, None, None]).any(dim=2)
+    return (layer.positions.unsqueeze(-1) == row_positions[:, None, None]).any(dim=2)

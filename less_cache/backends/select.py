@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 
+from less_cache.backends import blocks
 from less_cache.backends import torch as in_pytorch
 from less_cache.backends.base import Backend
+from less_cache.backends.choice import Draft
 from less_cache.ops.call import AttentionCall
 from less_cache.ops.prompt import read_prompt
 from less_cache.policies import EvictionPolicy
@@ -32,14 +34,20 @@ def take_step(setup: Setup, held: Held, call: AttentionCall, tokens: int) -> tor
     return in_pytorch.step(setup, held, call)
 
 
-def take_block(setup: Setup, held: Held, call: AttentionCall, tokens: int) -> torch.Tensor | None:
-    """Take several tokens, or the first, after the `tokens` that were seen: their output, `[b, h, n, w]`; None for a first
-    block whose output the model's own attention gives.
+def take_block(
+    setup: Setup, held: Held, call: AttentionCall, tokens: int
+) -> tuple[torch.Tensor | None, Draft | None]:
+    """Take several tokens, or the first, or any under a policy that chooses in blocks, after the `tokens` that were seen.
+
+    Returns their output, `[b, h, n, w]`, None for a first block whose output the model's own attention gives; and what there is
+    to choose from, None where it is not yet time.
     """
-    tokens = tokens + call.num_tokens  # may be a tensor, which stays as it is
+    after = tokens + call.num_tokens  # may be a tensor, which stays as it is
+    if setup.policy.block_size is not None:
+        return (None, blocks.read_first(setup, held, call, after)) if held.slots is None else blocks.read_next(setup, held, call, tokens)
     if held.slots is not None:
-        return in_pytorch.read_next(setup, held, call, tokens)
-    return in_pytorch.read_first(setup, held, call, tokens, attends_prompt(setup.policy, call), read_first_block)
+        return in_pytorch.read_next(setup, held, call, after)
+    return in_pytorch.read_first(setup, held, call, after, attends_prompt(setup.policy, call), read_first_block)
 
 
 def attends_prompt(policy: EvictionPolicy, call: AttentionCall) -> bool:

@@ -8,10 +8,12 @@ from collections.abc import Callable
 
 import torch
 
+from less_cache.backends.choice import Draft, judge
+from less_cache.fitting import References
 from less_cache.ops.attention import attention_logits, kept_attention, less_attention, sparse_softmax
 from less_cache.ops.call import AttentionCall
 from less_cache.ops.masks import visible_new
-from less_cache.slots import Columns, Held, Setup, Slots
+from less_cache.slots import Columns, Held, Setup
 
 QUERY_BLOCK = 256  # queries attended at once in a block: memory is O(QUERY_BLOCK · columns)
 
@@ -78,8 +80,8 @@ ReadPrompt = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
 
 def read_first(
     setup: Setup, held: Held, call: AttentionCall, tokens: int, attends: bool, read_prompt: ReadPrompt
-) -> torch.Tensor | None:
-    """A block that nothing precedes: the policy's scores of its tokens, then one selection.
+) -> tuple[torch.Tensor | None, Draft]:
+    """A block that nothing precedes: the policy's scores of its tokens, from which it chooses.
 
     Args:
         tokens: Seen after this block, padding included.
@@ -105,12 +107,14 @@ def read_first(
             weights, _ = sparse_softmax(logits, call.sinks)
             weights = weights * real[:, None, None, queries, None]
             scores[..., seen_columns] = policy.observe(scores[..., seen_columns], weights, positions[:, queries])
-    select(setup, held, Columns(call.key_states, call.value_states, by_head, scores), real, tokens)
-    return output
+    draft = Draft(Columns(call.key_states, call.value_states, by_head, scores), call, real.sum(-1), tokens)
+    if setup.fit:
+        judge(setup, held, draft, References.of_prompt(setup.rotation, call.query_states, positions, held.rows.seen), True)
+    return output, draft
 
 
-def read_next(setup: Setup, held: Held, call: AttentionCall, tokens: int) -> torch.Tensor:
-    """A later block: causal attention to what is kept, the state and itself, then one selection. Returns `[b, h, n, w]`.
+def read_next(setup: Setup, held: Held, call: AttentionCall, tokens: int) -> tuple[torch.Tensor, Draft]:
+    """A later block: causal attention to what is kept, the state and itself, `[b, h, n, w]`, and what to choose from.
 
     `tokens`: seen after this block, padding included.
     """
@@ -145,8 +149,10 @@ def read_next(setup: Setup, held: Held, call: AttentionCall, tokens: int) -> tor
             weights = weights[:, :, :, late:] * real[:, None, None, queries, None][:, :, :, late:]
             scores = columns.scores[..., seen_columns]
             columns.scores[..., seen_columns] = policy.observe(scores, weights, positions[:, queries][:, late:])
-    select(setup, held, columns, real, tokens)
-    return torch.cat(outputs, dim=2)
+    draft = Draft(columns, call, real.sum(-1), tokens)
+    if setup.fit:
+        judge(setup, held, draft, References.of_prompt(setup.rotation, call.query_states, positions, held.rows.seen), True)
+    return torch.cat(outputs, dim=2), draft
 
 
 def _joined(kept: Columns, call: AttentionCall, positions: torch.Tensor, scores: torch.Tensor) -> Columns:
@@ -158,21 +164,6 @@ def _joined(kept: Columns, call: AttentionCall, positions: torch.Tensor, scores:
         torch.cat([kept.scores, scores], dim=-1),
         None if kept.bias is None else torch.nn.functional.pad(kept.bias, (0, call.num_tokens)),
     )
-
-
-def select(setup: Setup, held: Held, columns: Columns, real: torch.Tensor, tokens: int) -> None:
-    """The selection at a block's end: the policy keeps some of the columns, all others are folded in.
-
-    `real`: which tokens of the block are not padding, `[b, n]`; `tokens`: seen by now, padding included.
-    """
-    policy, memory = setup.policy, setup.memory
-    seen, counts = held.rows.seen.view(-1, 1, 1), held.rows.counts_by_head()
-    keep = policy.keep(columns.scores, columns.positions, seen, counts)  # [b, g, c]
-    if memory is not None:
-        leaves = (columns.positions >= 0) & ~keep
-        memory.pass_time(held.state, real.sum(-1))
-        memory.fold_in(held.state, columns.keys, columns.values, leaves, columns.positions, seen)
-    held.slots = Slots.keep(columns, keep, policy.capacity(counts), tokens if setup.grows else None, setup.format)
 
 
 def real_tokens(call: AttentionCall) -> torch.Tensor:

@@ -5,6 +5,7 @@ import os
 import sys
 import warnings
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel,
 from transformers.cache_utils import DynamicLayer
 
 from less_cache.cache import footprint, snapshot
+from less_cache.cache.allotment import Allotment
 from less_cache.cache.footprint import MemoryFootprint
 from less_cache.cache.forward import Forward
 from less_cache.cache.layer import LESSLayer
@@ -20,6 +22,7 @@ from less_cache.errors import LESSError
 from less_cache.files.paths import expanded
 from less_cache.integration import hook
 from less_cache.integration.families import check_supported, full_attention_layers, warn_untested
+from less_cache.integration.rotation import rotations
 from less_cache.kernels.check import check_kernels
 from less_cache.kernels.kernels import LESSKernels
 from less_cache.policies import H2O, USUAL_BUDGET, EvictionPolicy, policy_class, policy_from_dict
@@ -70,6 +73,9 @@ class LESSCache(Cache):
         policy: EvictionPolicy | None = None,
         kernels: LESSKernels | None = None,
         static: bool = False,
+        heads: str | Sequence[torch.Tensor] = "equal",
+        slots: str = "float",
+        fit: bool = False,
     ):
         config = model if isinstance(model, PreTrainedConfig) else getattr(model, "config", None)
         if not isinstance(config, PreTrainedConfig):
@@ -96,9 +102,22 @@ class LESSCache(Cache):
         if kernels is not None:
             check_kernels(kernels, config, full_attention, loaded_model)
         layer_class = StaticLESSLayer if static else LESSLayer
-        for index in full_attention:
-            layer_kernels = kernels.for_layer(index) if kernels is not None else None
-            layers[index] = layer_class(policy, layer_kernels, index, leads=index == full_attention[0])
+        allotment = Allotment(len(full_attention)) if heads == "adaptive" else None
+        turns: Any = {}
+        if loaded_model is not None and (policy.asks_references or fit):
+            turns = rotations(loaded_model)
+        for position, index in enumerate(full_attention):
+            layers[index] = layer_class(
+                policy,
+                kernels.for_layer(index) if kernels is not None else None,
+                index,
+                leads=position == 0,
+                slots=slots,
+                shares=None if isinstance(heads, str) else heads[position],
+                fit=fit and turns.get(index) is not None,
+                rotation=turns.get(index),
+                allotment=allotment,
+            )
         if growing := {type(layer).__name__ for layer in layers if getattr(layer, "max_cache_len", 0) == sys.maxsize}:
             raise LESSError(
                 "LESSCache: expected layers of a fixed size beside those under LESS for static=True, got "
@@ -301,6 +320,11 @@ class LESSCache(Cache):
         other._model = self._model
         other._forward = copy.deepcopy(self._forward)
         other.layers = [layer.fork() if isinstance(layer, LESSLayer) else copy.deepcopy(layer) for layer in self.layers]
+        less_layers = [layer for layer in other.layers if isinstance(layer, LESSLayer)]
+        if less_layers[0].allotment is not None:
+            allotment = Allotment(len(less_layers))
+            for layer in less_layers:
+                layer.allotment = allotment
         return other
 
     def __deepcopy__(self, memo: dict) -> "LESSCache":

@@ -47,11 +47,11 @@ def measure(layers: Sequence[Any]) -> MemoryFootprint:
             keys_values += own
             full_cache += own
             continue
-        stored = layer.setup.format.names()
+        stored = {*layer.setup.format.names(), "newest_keys", "newest_values"}
         for name, tensor in layer.allocated().items():
             if name in stored:
                 keys_values += tensor.nbytes
-            elif name in OF_SLOTS or name in OF_ROWS:
+            elif name in OF_SLOTS or name in OF_ROWS or name.startswith(("newest_", "queries")):
                 bookkeeping += tensor.nbytes
             else:
                 low_rank_state += tensor.nbytes

@@ -39,17 +39,17 @@ class HoldingLayer(CacheLayerMixin):
     @property
     def keys(self) -> torch.Tensor | None:  # type: ignore[override]
         """Kept keys, `[b, g, c, d]`; heads that keep fewer end with empty slots."""
-        return None if self.is_empty else self._held.slots.keys
+        return None if self.is_empty else self._held.columns().keys
 
     @property
     def values(self) -> torch.Tensor | None:  # type: ignore[override]
         """Kept values, as `keys`."""
-        return None if self.is_empty else self._held.slots.values
+        return None if self.is_empty else self._held.columns().values
 
     @property
     def positions(self) -> torch.Tensor | None:
         """Where in its row each kept token is, `[b, g, c]`; -1: an empty slot."""
-        return None if self.is_empty else self._held.slots.columns().positions
+        return None if self.is_empty else self._held.columns().positions
 
     @property
     def seen(self) -> torch.Tensor | None:
@@ -67,7 +67,7 @@ class HoldingLayer(CacheLayerMixin):
 
     def allocated(self) -> dict[str, torch.Tensor]:
         """All that takes memory, by the same names."""
-        return self.tensors()
+        return {} if self._held is None else self._held.allocated()
 
     @torch.inference_mode(False)
     def load(self, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype, cumulative_length: int) -> None:

@@ -5,14 +5,17 @@ Axes: `b` rows, `h` query heads, `g` KV heads, `n` new tokens, `d` head dim.
 
 import contextlib
 import copy
+import functools
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
+from less_cache.backends import Draft, choose
 from less_cache.backends.select import attends_prompt, take_block, take_step
 from less_cache.cache import guards
+from less_cache.cache.allotment import Allotment
 from less_cache.cache.holding import HoldingLayer
 from less_cache.cache.recording import REACH, Recording
 from less_cache.errors import LESSError
@@ -54,11 +57,15 @@ class LESSLayer(HoldingLayer):
         leads: bool = True,
         slots: str = "float",
         shares: torch.Tensor | None = None,
+        fit: bool = False,
+        rotation: Any = None,
+        allotment: Allotment | None = None,
     ):
         # Not the base's, which makes `keys` and `values`: here they lie in slots.
         self.leads, self.layer_idx = leads, layer_idx
         self.owner: weakref.ref | None = None  # the model that the cache was made for, or the attention that read first
-        self.setup = Setup(policy, kernels, format_of(slots), shares, self.grows)
+        self.setup = Setup(policy, kernels, format_of(slots), shares, self.grows, fit, rotation)
+        self.allotment = allotment
         self.reset()
 
     def reset(self) -> None:
@@ -191,7 +198,8 @@ class LESSLayer(HoldingLayer):
             attention_mask: Of the new tokens alone, `[b, 1, n, n]` or `[b, n]`, bool or additive.
         """
         states = query_states, key_states, value_states
-        call, again = self._accept(module, states, attention_mask, dropout, scaling, kwargs)
+        own = functools.partial(original, module, dropout=dropout, scaling=scaling, **kwargs)
+        call, again = self._accept(module, states, attention_mask, dropout, scaling, kwargs, own)
         output = None
         if self.is_empty and not attends_prompt(self.setup.policy, call):
             output, _ = original(module, *states, attention_mask, dropout=dropout, scaling=call.scaling, **kwargs)
@@ -214,6 +222,7 @@ class LESSLayer(HoldingLayer):
         dropout: float,
         scaling: float | None,
         kwargs: dict[str, Any],
+        own: Callable,
     ) -> tuple[AttentionCall, int]:
         """The new tokens as a call, and how many before them the layer has seen already; raises with nothing changed."""
         if not self._announced:
@@ -236,7 +245,7 @@ class LESSLayer(HoldingLayer):
         if self.checks(n) and not self.is_empty:
             seen = rows.seen if self.hidden is None else self.hidden.seen
             guards.check_continuation(self.layer_idx, seen, real, position_ids, self.cumulative_length)
-        return AttentionCall.of(states, attention_mask, real, scaling, kwargs), again
+        return AttentionCall.of(states, attention_mask, real, scaling, kwargs, own), again
 
     def _forget(self, hidden: Hidden) -> None:
         """Drop seen tokens that the forward's mask hides."""
@@ -260,9 +269,10 @@ class LESSLayer(HoldingLayer):
         with _no_autocast(call.query_states.device.type):  # scores and the state stay in float32
             if self.is_empty or (n > 1 and not self.record_past):
                 return self._block(call)
+            take = self._step if self.setup.policy.block_size is None else self._block
             if n == 1:
-                return self._step(call)
-            return torch.cat([self._step(call.part(token, token + 1)) for token in range(n)], dim=2)
+                return take(call)
+            return torch.cat([take(call.part(token, token + 1)) for token in range(n)], dim=2)
 
     def _step(self, call: AttentionCall) -> torch.Tensor:
         """One token a row: `[b, h, 1, d]`."""
@@ -273,13 +283,32 @@ class LESSLayer(HoldingLayer):
         return output
 
     def _block(self, call: AttentionCall) -> torch.Tensor | None:
-        """Several tokens, or the first: `[b, h, n, d]`, or None where the model's own attention gives it."""
-        output = take_block(self.setup, self._held, call, self.cumulative_length)
+        """Several tokens, or the first, or any where a policy chooses in blocks: `[b, h, n, d]`, or None where the model's own
+        attention gives it.
+        """
+        output, draft = take_block(self.setup, self._held, call, self.cumulative_length)
         if self.leads and call.real is not None:
             self._held.rows.remember_padding(call.real, int(self.cumulative_length))
-        self._hold(self._held)
         self.cumulative_length += call.num_tokens
+        if draft is not None and self._is_to_be_allotted(draft):
+            self.allotment.add(self, draft)
+        elif draft is not None:
+            self.choose(draft)
         return output
+
+    def _is_to_be_allotted(self, draft: Draft) -> bool:
+        """Whether heads get budgets of their own before they choose: in rows that are over theirs for the first time."""
+        if self.allotment is None:
+            return False
+        over, rows = draft.over(self.setup, self._held), self._held.rows
+        if over is None or rows.allotted is None:
+            return over is not None and bool(over.any())
+        return bool((over & ~(rows.allotted & rows.settled)).any())
+
+    def choose(self, draft: Draft) -> None:
+        """Keep some of what was read, and fold in the rest."""
+        choose(self.setup, self._held, draft)
+        self._hold(self._held)
 
     def _record(self, call: AttentionCall) -> None:
         """Record a call, or end the recording."""

@@ -62,6 +62,9 @@ class LayerMemory(nn.Module, abc.ABC):
         `later`: how many tokens of its row come between the state and each query, `[b, n]`; None: none.
         """
 
+    def change_values(self, state: Any, change: torch.Tensor) -> None:
+        """Add to the values of the virtual tokens, in place, `[b, g, r, d]`; a memory that cannot keeps them."""
+
     def for_heads(self: Self, num_key_value_heads: int) -> Self:
         """The part for the KV heads that this process has: under tensor parallelism a share of them, in order."""
         return self
@@ -185,6 +188,9 @@ class TrainedMemory(LayerMemory):
             log_mass = log_mass - rates[:, None, None] * later[:, None, None, :, None]  # [b, g, 1, n, r]
         logits = self.log_query_features(query_states, means.unsqueeze(2), scaling, softcap) + self.log_weights(log_mass)
         return logits.clamp_min(LOWEST), self.values_of(means)
+
+    def change_values(self, state: LowRankState, change: torch.Tensor) -> None:
+        self.values_of(state.values_sum).add_(change * state.features_sum.unsqueeze(-1))
 
     def values_of(self, means: torch.Tensor) -> torch.Tensor:
         """The values among the dimensions of `means`."""

@@ -122,6 +122,9 @@ class LayerCentroids(LayerMemory):
         logits = logits + spread.clamp_max(MOST_SPREAD) + state.count.log()[:, :, None, None]
         return logits.clamp_min(LOWEST), values
 
+    def change_values(self, state: CentroidState, change: torch.Tensor) -> None:
+        state.values_sum += change * state.count.unsqueeze(-1)
+
 
 def _nearest(pairs: torch.Tensor, centers: torch.Tensor, leaves: torch.Tensor) -> torch.Tensor:
     """The center nearest to each pair, one-hot `[b, g, m, r]`, 0 where nothing leaves."""

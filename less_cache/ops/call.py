@@ -4,7 +4,7 @@ Axes: `b` batch, `h` query heads, `g` KV heads, `n` new tokens, `d` head dim.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -33,6 +33,7 @@ class AttentionCall:
     scaling: float
     softcap: float | None
     sinks: torch.Tensor | None
+    own: Callable[..., Any] | None = None  # the model's attention function, of queries, keys, values and a mask
 
     @classmethod
     def of(
@@ -42,6 +43,7 @@ class AttentionCall:
         real: torch.Tensor | None,
         scaling: float | None,
         kwargs: Mapping[str, Any],
+        own: Callable[..., Any] | None = None,
     ) -> "AttentionCall":
         """What an attention function is called with, `states`: queries, keys and values, its keyword arguments in `kwargs`."""
         if real is not None:  # what a model computes at padding may be NaN
@@ -49,7 +51,7 @@ class AttentionCall:
         query_states, key_states, value_states = (each.detach() for each in states)  # untagged: no cycle with the layer
         scaling = query_states.shape[-1] ** -0.5 if scaling is None else scaling
         softcap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
-        return cls(query_states, key_states, value_states, attention_mask, real, scaling, softcap, sinks)
+        return cls(query_states, key_states, value_states, attention_mask, real, scaling, softcap, sinks, own)
 
     @property
     def num_tokens(self) -> int:

@@ -3,6 +3,7 @@
 import dataclasses
 
 from less_cache.errors import LESSError
+from less_cache.policies.attention_matching import AttentionMatching
 from less_cache.policies.base import EvictionPolicy
 from less_cache.policies.corm import CORM
 from less_cache.policies.h2o import H2O
@@ -13,6 +14,7 @@ POLICIES: dict[str, type[EvictionPolicy]] = {
     "h2o": H2O,
     "sink_recent": SinkRecent,
     "corm": CORM,
+    "attention_matching": AttentionMatching,
 }
 
 
@@ -34,4 +36,4 @@ def policy_class(name: object) -> type[EvictionPolicy]:
     return POLICIES[name]
 
 
-__all__ = ["CORM", "H2O", "POLICIES", "EvictionPolicy", "SinkRecent", "policy_class", "policy_from_dict"]
+__all__ = ["CORM", "H2O", "POLICIES", "AttentionMatching", "EvictionPolicy", "SinkRecent", "policy_class", "policy_from_dict"]

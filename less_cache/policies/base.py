@@ -6,7 +6,7 @@ Axes: `b` batch, `g` KV heads, `s` query heads per KV head, `n` queries, `c` cac
 
 import abc
 import dataclasses
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -28,10 +28,11 @@ class EvictionPolicy(abc.ABC):
     """
 
     name: ClassVar[str]
+    asks_references: ClassVar[bool] = False  # whether `judge` gives the scores, from reference queries at a choice
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            check_count(type(self).__name__, field.name, getattr(self, field.name), field.metadata.get("least", 1))
+            check_count(type(self).__name__, field.name, getattr(self, field.name), **_bounds(field))
 
     @classmethod
     @abc.abstractmethod
@@ -63,6 +64,18 @@ class EvictionPolicy(abc.ABC):
         `scores`: `[b, g, c]`; `weights`: `[b, g, s, n, c]`, the softmax over the kept tokens alone.
         """
         return scores
+
+    @property
+    def block_size(self) -> int | None:
+        """Tokens from one choice to the next; None: after the prompt one leaves for each that comes."""
+        return None
+
+    def judge(self, weights: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
+        """Scores at a choice, `[b, g, c]`, of a policy that asks for reference queries.
+
+        `weights`: `[b, g, s, n, c]`, the softmax over all columns; `queries`: which of the n there are, bool `[b, n]`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not ask for reference queries.")
 
     def renumbered(self, scores: torch.Tensor, moved: torch.Tensor) -> torch.Tensor:
         """Scores `[b, g, c]` once the token at position p of a row is at `moved[row, p]`, `[b, t]`, -1: it is gone."""
@@ -109,6 +122,16 @@ class EvictionPolicy(abc.ABC):
                 columns.append((share * count).round().clamp_min(least).long().expand_as(prompt_length))
         return torch.stack(columns, dim=-1)
 
+    def by_head(self, counts: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
+        """Token counts `[b, f]` of each row as those of its KV heads, `[b, g, f]`, which get `shares` `[b, g]` of the budget."""
+        columns = []
+        for field, count in zip(dataclasses.fields(self), counts.unbind(-1), strict=True):
+            by_head = count.unsqueeze(-1).expand(shares.shape)
+            if not field.metadata.get("shared", False):
+                by_head = (by_head * shares).round().clamp_min(field.metadata.get("least", 1)).long()
+            columns.append(by_head)
+        return torch.stack(columns, dim=-1)
+
     @property
     def is_fractional(self) -> bool:
         """Whether a count is a fraction of the prompt."""
@@ -119,10 +142,16 @@ class EvictionPolicy(abc.ABC):
         return {"name": self.name, **dataclasses.asdict(self)}
 
 
-def check_count(owner: str, field: str, count: int | float, least: int = 1) -> None:
-    """Raise unless `count` is an int of at least `least` tokens or a float in (0, 1)."""
-    expected = f"{owner}: expected {field} to be an int >= {least} (tokens) or a float in (0, 1) (fraction of the prompt)"
-    if isinstance(count, bool) or not isinstance(count, int | float):
+def _bounds(field: dataclasses.Field) -> dict[str, Any]:
+    """What is said of a count beside its name: at least how many tokens, and whether it is never a fraction."""
+    return {name: field.metadata[name] for name in ("least", "whole") if name in field.metadata}
+
+
+def check_count(owner: str, field: str, count: int | float, least: int = 1, whole: bool = False) -> None:
+    """Raise unless `count` is an int of at least `least` tokens or, unless it is to be `whole`, a float in (0, 1)."""
+    fraction = "" if whole else " or a float in (0, 1) (fraction of the prompt)"
+    expected = f"{owner}: expected {field} to be an int >= {least} (tokens){fraction}"
+    if isinstance(count, bool) or not isinstance(count, int if whole else int | float):
         raise LESSError(f"{expected}, got {count!r} of type {type(count).__name__}.")
     if isinstance(count, int) and not least <= count <= MOST_TOKENS:
         raise LESSError(f"{expected}, got {count}." if count < least else f"{expected}, at most {MOST_TOKENS:,}, got {count}.")

@@ -7,11 +7,13 @@ from typing import Any
 import torch
 
 from less_cache.policies import EvictionPolicy
+from less_cache.slots.asked import Asked
+from less_cache.slots.newest import Newest
 from less_cache.slots.rows import Hidden, Rows
 from less_cache.slots.setup import Setup
-from less_cache.slots.slots import Slots
+from less_cache.slots.slots import Columns, Slots
 
-OF_ROWS = ("seen", "settled", "counts", "real")
+OF_ROWS = ("seen", "settled", "counts", "allotted", "real")
 
 
 @dataclasses.dataclass
@@ -25,13 +27,39 @@ class Held:
     rows: Rows
     slots: Slots | None = None  # None before the first block
     state: Any = None  # a dataclass of tensors [b, …], whatever the memory keeps evicted tokens in; None without a memory
+    newest: Newest | None = None  # tokens since the last choice, under a policy that chooses in blocks
+    asked: Asked | None = None  # queries for its next choice
+    is_whole: bool = False  # every token is there as it came, in its order
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """All tensors by name."""
+        """All tensors by name: what a file of them holds."""
+        return self._tensors() | ({} if self.newest is None else self.newest.tensors())
+
+    def allocated(self) -> dict[str, torch.Tensor]:
+        """All that takes memory, by the same names."""
+        return self._tensors() | ({} if self.newest is None else self.newest.allocated())
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
         tensors = {name: getattr(self.rows, name) for name in OF_ROWS if getattr(self.rows, name) is not None}
-        if self.slots is not None:
-            tensors |= self.slots.tensors()
+        for part in (self.slots, self.asked):
+            if part is not None:
+                tensors |= part.tensors()
         return tensors if self.state is None else tensors | vars(self.state)
+
+    def columns(self) -> Columns:
+        """What is kept, then the newest tokens, as attention reads them."""
+        kept, newest = self.slots.columns(), self.newest
+        if newest is None or newest.count == 0:
+            return kept
+        b, g, _ = kept.positions.shape
+        taken = slice(newest.count)
+        return Columns(
+            torch.cat([kept.keys, newest.keys[:, :, taken].to(kept.keys.dtype)], dim=2),
+            torch.cat([kept.values, newest.values[:, :, taken].to(kept.values.dtype)], dim=2),
+            torch.cat([kept.positions, newest.positions[:, None, taken].expand(b, g, -1)], dim=-1),
+            None,
+            None if kept.bias is None else torch.nn.functional.pad(kept.bias, (0, newest.count)),
+        )
 
     def make_room(self, policy: EvictionPolicy, tokens: int) -> None:
         """Have a free slot in every head for one more token, after the `tokens` that were seen."""
@@ -43,6 +71,10 @@ class Held:
     def forget(self, policy: EvictionPolicy, hidden: Hidden) -> None:
         """Drop the tokens that are hidden, and count the others anew, in place. What was folded in stays there."""
         self.slots.renumber(policy, hidden.moved)
+        for part in (self.newest, self.asked):
+            if part is not None:
+                part.positions.copy_(renumbered(part.positions, hidden.moved))
+        self.is_whole = False
         self.rows.seen.copy_(hidden.seen)
 
     def map(self, change: Callable[[str, torch.Tensor], torch.Tensor]) -> "Held":
@@ -52,6 +84,9 @@ class Held:
             Rows(**{name: None if tensor is None else change(name, tensor) for name, tensor in rows.items()}),
             None if self.slots is None else self.slots.map(change),
             _map_state(self.state, change),
+            None if self.newest is None else self.newest.map(change),
+            None if self.asked is None else self.asked.map(change),
+            self.is_whole,
         )
 
     def select(self, indices: torch.Tensor) -> "Held":
@@ -61,7 +96,7 @@ class Held:
             return rows[indices.to(rows.device)]
 
         slots = None if self.slots is None else self.slots.select(indices)
-        selected = Held(self.rows, None, self.state).map(chosen)
+        selected = dataclasses.replace(self, slots=None).map(chosen)
         return dataclasses.replace(selected, slots=slots)
 
     @classmethod
@@ -82,7 +117,19 @@ class Held:
             slots = slots.refit(capacity, None)
         b, g = slots.sizes.shape
         empty = cls.empty(setup, b, g, 1, rows.seen.device)  # of the right type: its tensors come from the file
-        return cls(rows, slots, _map_state(empty.state, lambda name, _: tensors[name]))
+        held = cls(rows, slots, _map_state(empty.state, lambda name, _: tensors[name]))
+        if setup.policy.block_size is not None:
+            held.newest = Newest.from_tensors(tensors, setup.policy.block_size)
+            held.asked = Asked.from_tensors(tensors, setup.format, dtype)
+            alive = (slots.positions >= 0).all() and slots.bias is None and slots.starts is None
+            counted = slots.positions.shape[-1] + held.newest.count if slots.starts is None else -1
+            held.is_whole = bool(alive) and setup.format.is_exact and bool((rows.seen == counted).all())
+        return held
+
+
+def renumbered(positions: torch.Tensor, moved: torch.Tensor) -> torch.Tensor:
+    """Positions `[b, n]` in their rows, counted anew: the token at position p is at `moved[row, p]` now; -1: it leaves."""
+    return moved.gather(-1, positions.clamp_min(0).long()).masked_fill(positions < 0, -1)
 
 
 def _map_state(state: Any, change: Callable[[str, torch.Tensor], torch.Tensor]) -> Any:

@@ -33,6 +33,7 @@ class Rows:
     seen: torch.Tensor  # [b] int64, real tokens
     settled: torch.Tensor  # [b] bool, the prompt is over
     counts: torch.Tensor | None = None  # [b, f] int64, or [b, g, f] where heads differ; None before the first block
+    allotted: torch.Tensor | None = None  # [b] bool, heads have got budgets of their own by their scores; None: none have
     real: torch.Tensor | None = None  # [b, t] bool, which of the first t tokens were real, as the ones after; None: all
 
     @classmethod
@@ -54,6 +55,8 @@ class Rows:
         self.seen = self.seen + arrived
         resolved = policy.resolve(self.seen, shares)
         if self.counts is not None:
+            if self.counts.dim() > resolved.dim():
+                resolved = resolved.unsqueeze(1).expand_as(self.counts)
             settled = self.settled.view(-1, *[1] * (resolved.dim() - 1))
             resolved = torch.where(settled, self.counts, resolved)
         self.counts = resolved
@@ -93,6 +96,15 @@ class Rows:
             return None
         by_position = (~real).int().argsort(dim=-1, stable=True)  # of the tokens seen, those at positions 0, 1, …
         return Hidden(stays, (stays.cumsum(-1) - 1).masked_fill(~stays, -1).gather(-1, by_position).int())
+
+    def allot(self, policy: EvictionPolicy, budgets: torch.Tensor, means: torch.Tensor, rows: torch.Tensor) -> None:
+        """Give the KV heads of some `rows`, bool `[b]`, `budgets` `[b, g]` of their own, whose mean over all heads is `means` `[b]`."""
+        assert self.counts is not None, "a block was read"
+        counts = self.counts if self.counts.dim() == 3 else self.counts.unsqueeze(1).expand(-1, budgets.shape[1], -1)
+        shares = budgets / means.unsqueeze(-1)
+        of_rows = policy.by_head(policy.resolve(self.seen), shares)
+        self.counts = torch.where(rows[:, None, None], of_rows, counts)
+        self.allotted = rows if self.allotted is None else self.allotted | rows
 
     def counts_by_head(self) -> torch.Tensor:
         """The policy's token counts in the form that its methods take, `[f, b, 1 or g, 1]`."""

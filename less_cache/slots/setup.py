@@ -1,6 +1,7 @@
 """What a layer is made of."""
 
 import dataclasses
+from typing import Any
 
 import torch
 
@@ -19,6 +20,8 @@ class Setup:
         format: How keys and values are stored.
         shares: How much of the policy's budget each KV head gets, `[g]`, 1 on average; None: the same for all.
         grows: Whether slots come with the text; else all at once, so that shapes never change.
+        fit: Whether what is kept at a prompt's end is fitted to the attention of reference queries.
+        rotation: How a query is turned to a later position; None: not known.
     """
 
     policy: EvictionPolicy
@@ -26,9 +29,12 @@ class Setup:
     format: SlotFormat
     shares: torch.Tensor | None = None
     grows: bool = True
+    fit: bool = False
+    rotation: Any = None
 
     def on(self, device: torch.device, num_key_value_heads: int) -> "Setup":
         """This for the KV heads that this process has, on `device`: the user's kernels stay where they are."""
         memory = None if self.memory is None else self.memory.for_heads(num_key_value_heads).on(device)
         shares = None if self.shares is None else self.shares.to(device)
-        return dataclasses.replace(self, memory=memory, shares=shares)
+        rotation = None if self.rotation is None else self.rotation.to(device)
+        return dataclasses.replace(self, memory=memory, shares=shares, rotation=rotation)

@@ -25,7 +25,7 @@ class Columns:
     keys: torch.Tensor  # [b, g, c, d]
     values: torch.Tensor  # [b, g, c, w]
     positions: torch.Tensor  # [b, g, c] int32, where in its row a token is; -1: none
-    scores: torch.Tensor  # [b, g, c] float32, the policy's
+    scores: torch.Tensor | None = None  # [b, g, c] float32, the policy's; None: it holds none from one choice to the next
     bias: torch.Tensor | None = None  # [b, g, c] float32, added to a token's logit; None: 0 for all
 
 
@@ -44,7 +44,7 @@ class Slots:
     dtype: torch.dtype  # of keys and values, as the model gives them
     stored: dict[str, torch.Tensor]  # keys and values in that format, by `keys`, `values`, or with its part: `keys_codes`
     positions: torch.Tensor  # [b, g, c] or [N] int32, -1: an empty slot
-    scores: torch.Tensor  # as positions, float32
+    scores: torch.Tensor | None  # as positions, float32
     bias: torch.Tensor | None  # as positions, float32
     starts: torch.Tensor | None  # [b·g + 1] int64; None: heads of one size
     own_sizes: torch.Tensor | None  # [b, g] int64, on the processor, where it differs by head
@@ -70,6 +70,13 @@ class Slots:
             return cls._compact(columns, kept, format, capacity + 1, None)
         spare = max(SPARE_SLOTS, tokens // 4)
         return cls._compact(columns, kept, format, capacity.clamp_max(tokens + spare) + 1, spare)
+
+    @classmethod
+    def chosen(cls, columns: Columns, kept: torch.Tensor, format: SlotFormat) -> "Slots":
+        """Fresh slots of the columns that are `kept`, bool `[b, g, c]`, in their order, without a free one: nothing comes in
+        before the next choice.
+        """
+        return cls._compact(columns, kept, format, kept.sum(-1).clamp_min(1).cpu(), None)
 
     @classmethod
     def _compact(
@@ -106,7 +113,7 @@ class Slots:
             dtype=columns.keys.dtype,
             stored={name: compact(tensor, 0) for name, tensor in stored.items()},
             positions=compact(columns.positions.masked_fill(~kept, -1), -1),
-            scores=compact(columns.scores, 0),
+            scores=None if columns.scores is None else compact(columns.scores, 0),
             bias=None if columns.bias is None else compact(columns.bias, 0),
             starts=starts,
             own_sizes=sizes if differ else None,
@@ -126,7 +133,7 @@ class Slots:
         starts = tensors.get("starts")
         stored = {name: tensors[name] for name in format.names()}
         sizes = None if starts is None else starts.diff().view(b, -1).cpu()
-        beside = tensors["positions"], tensors["scores"], tensors.get("bias"), starts
+        beside = tensors["positions"], tensors.get("scores"), tensors.get("bias"), starts
         slots = cls(format, dtype, stored, *beside, sizes, room=0)
         if capacity is not None and bool((slots.sizes.unsqueeze(-1) > capacity.cpu()).all()):
             slots.room = None
@@ -169,7 +176,7 @@ class Slots:
             self.keys,
             self.values,
             self._padded(self.positions, -1),
-            self._padded(self.scores, 0),
+            None if self.scores is None else self._padded(self.scores, 0),
             None if self.bias is None else self._padded(self.bias, 0),
         )
 
@@ -193,7 +200,8 @@ class Slots:
         empty = self.positions if self.starts is None else self._padded(self.positions, torch.iinfo(torch.int32).max)
         slots = empty.argmin(dim=-1, keepdim=True)
         self.set_positions(slots, positions)
-        self._scatter(self.scores, slots, scores)
+        if self.scores is not None:
+            self._scatter(self.scores, slots, scores)
         if self.bias is not None:
             self._scatter(self.bias, slots, torch.zeros_like(scores))
         for name, states in (("keys", key_states), ("values", value_states)):
@@ -207,6 +215,7 @@ class Slots:
 
     def set_scores(self, scores: torch.Tensor) -> None:
         """Take the policy's scores, `[b, g, c]`."""
+        assert self.scores is not None, "the policy holds scores"
         self.scores.copy_(self._flat(scores))
 
     def drop(self, leaves: torch.Tensor) -> None:
@@ -220,7 +229,8 @@ class Slots:
         at = columns.positions.clamp_min(0).long().view(b, g * c)
         positions = moved.gather(-1, at).view(b, g, c).masked_fill(columns.positions < 0, -1)
         self.positions.copy_(self._flat(positions))
-        self.set_scores(policy.renumbered(columns.scores, moved))
+        if columns.scores is not None:
+            self.set_scores(policy.renumbered(columns.scores, moved))
 
     # All of them at once
 
@@ -235,7 +245,7 @@ class Slots:
             self,
             stored={name: change(name, tensor) for name, tensor in self.stored.items()},
             positions=change("positions", self.positions),
-            scores=change("scores", self.scores),
+            scores=None if self.scores is None else change("scores", self.scores),
             bias=None if self.bias is None else change("bias", self.bias),
             starts=None if self.starts is None else change("starts", self.starts),
         )

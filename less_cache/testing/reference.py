@@ -5,12 +5,15 @@ Axes: `b` batch, `h` query heads, `g` KV heads, `s` = h / g, `n` queries of one 
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
+from less_cache.fitting.references import References
 from less_cache.memory.base import TrainedMemory
 from less_cache.ops.attention import group_heads
 from less_cache.policies import EvictionPolicy
+from less_cache.slots import asked
 from less_cache.slots.rows import counts_by_head
 
 
@@ -27,6 +30,7 @@ def reference_attention(
     sinks: torch.Tensor | None = None,
     shares: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
+    rotation: Any = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What a `LESSLayer` must give for tokens that were fed in `blocks`, in float64.
 
@@ -51,6 +55,7 @@ def reference_attention(
         sinks: Learned logits without a value, `[h]`, that share the denominator (gpt-oss).
         shares: How much of the policy's budget each KV head gets, `[g]`; None: the same for all.
         bias: Added to the logit of a token once its block is over, `[b, g, T]`; None: 0.
+        rotation: Turns queries to later positions, for a policy that asks for reference queries; None: they stay as they are.
 
     Returns:
         Outputs `[b, h, T, d]`, and the tokens kept after each block, bool `[len(blocks), b, g, T]`. The evicted ones are
@@ -73,57 +78,93 @@ def reference_attention(
     positions = row_positions.unsqueeze(1).expand(b, g, T)
     token = torch.arange(T)
 
-    queries = group_heads(query_states, g).double()  # [b, g, s, T, d]
     keys, values = key_states.double()[:, :, None], value_states.double()[:, :, None]  # [b, g, 1, T, d]
-    logits = queries @ keys.transpose(-1, -2) * scaling  # [b, g, s, T, T]
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
-    exponentials = logits.exp()
     sink_mass = 0.0 if sinks is None else sinks.double().exp().view(1, g, -1, 1, 1)
     if kernels is not None:
         key_features = kernels.key_features(key_states).double()  # [b, g, T, r]
         remembered = kernels.remembered(key_states, value_states).double()[:, :, None]  # [b, g, 1, T, *]
         fading = kernels.fading_rates()
         rates = torch.zeros(g, kernels.num_virtual_tokens) if fading is None else fading
-
     held = torch.zeros(b, g, T, dtype=torch.bool)
-    scores = policy.arrival(positions)
-    outputs, kept = [], []
-    settled = torch.zeros(b, dtype=torch.bool)
-    counts = policy.resolve(torch.zeros(b, dtype=torch.long), shares)  # [b, f] or [b, g, f]
-    start = 0
-    for n in blocks:
-        rows = slice(start, start + n)
-        block = token[rows, None]  # [n, 1]
-        new = (token >= start) & (token <= block) & real[:, None, None]  # [b, 1, n, T]
-        sees = held.unsqueeze(2) | new | (token == block)  # [b, g, n, T]; even padding sees itself
-        evicted = (token < start) & real.unsqueeze(1) & ~held  # [b, g, T]
+    biased = torch.zeros(b, g, T, dtype=torch.bool)  # tokens whose block is over
 
-        sparse = exponentials[:, :, :, rows] * sees.unsqueeze(2)  # [b, g, s, n, T]
+    def weigh(
+        query_states: torch.Tensor, at: torch.Tensor, sees: torch.Tensor, evicted: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Weights `[b, g, s, n, T]` of all tokens, and of those that are seen alone, and their sum, for the queries `[b, h, n, d]`
+        at positions `at` `[b, n]`; `sees`: bool `[b, g, n, T]`, `evicted`: bool `[b, g, T]`.
+        """
+        logits = group_heads(query_states, g).double() @ keys.transpose(-1, -2) * scaling
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
+        weights = sparse = logits.exp() * sees.unsqueeze(2)
         if bias is not None:
-            sparse = sparse * (bias.double() * held).exp()[:, :, None, None]
-        weights = sparse
+            weights = sparse = sparse * (bias.double() * biased).exp()[:, :, None, None]
         if kernels is not None:
-            ages = (row_positions[:, rows, None] - row_positions[:, None])[:, None, :, :, None]  # [b, 1, n, T, 1]
+            ages = (at.unsqueeze(-1) - row_positions[:, None])[:, None, :, :, None]  # [b, 1, n, T, 1]
             folded = key_features[:, :, None] * torch.exp(-rates[:, None, None].double() * ages)  # [b, g, n, T, r]
             folded = folded * evicted[:, :, None, :, None]
             mass = folded.sum(3).unsqueeze(-1).clamp_min(torch.finfo(torch.float32).tiny)  # [b, g, n, r, 1]
             means = (folded.transpose(-1, -2) @ remembered / mass).float()  # [b, g, n, r, *]
-            log_query_features = kernels.log_query_features(query_states[:, :, rows], means, scaling, softcap)
+            log_query_features = kernels.log_query_features(query_states, means, scaling, softcap)
             log_mass = mass.squeeze(-1).log().unsqueeze(2)  # [b, g, 1, n, r]
             query_features = (log_query_features.double() + kernels.log_weights(log_mass) - log_mass).exp()
             weights = sparse + torch.einsum("bgsnr,bgntr->bgsnt", query_features, folded)
-        outputs.append(weights @ values / (weights.sum(-1, keepdim=True) + sink_mass))
+        return weights, sparse, weights.sum(-1, keepdim=True) + sink_mass
 
-        observed = sparse / (sparse.sum(-1, keepdim=True) + sink_mass) * real[:, None, None, rows, None]
-        scores = policy.observe(scores, observed.float(), row_positions[:, rows])
+    def asked_before(stop: int) -> torch.Tensor:
+        """The tokens whose queries a layer holds after `stop` tokens, by their places, -1: none; then the last one: `[b, k]`."""
+        places = torch.full((b, asked.PLACES + 1), -1)
+        for row, position in enumerate(row_positions[:, :stop].tolist()):
+            for column in range(stop):
+                if position[column] >= 0 and position[column] % asked.STRIDE == 0:
+                    places[row, position[column] // asked.STRIDE % asked.PLACES] = column
+        places[:, -1] = stop - 1
+        return places
 
-        seen = real[:, : start + n].sum(-1)  # [b]
+    scores = policy.arrival(positions)
+    outputs, kept = [], []
+    settled = torch.zeros(b, dtype=torch.bool)
+    counts = policy.resolve(torch.zeros(b, dtype=torch.long), shares)  # [b, f] or [b, g, f]
+    start = since = 0  # since: tokens since the last choice
+    evicted = torch.zeros(b, g, T, dtype=torch.bool)
+    for n in blocks:
+        rows = slice(start, start + n)
+        stop, since = start + n, since + n
+        block = token[rows, None]  # [n, 1]
+        new = (token >= start) & (token <= block) & real[:, None, None]  # [b, 1, n, T]
+        sees = held.unsqueeze(2) | new | (token == block)  # [b, g, n, T]; even padding sees itself
+        weights, sparse, total = weigh(query_states[:, :, rows], row_positions[:, rows], sees, evicted)
+        outputs.append(weights @ values / total)
+
+        seen = real[:, :stop].sum(-1)  # [b]
         settled |= (real[:, rows].sum(-1) == 1) & real[:, :start].any(-1)  # a token alone ends the row's prompt
         counts = torch.where(settled.view(b, *[1] * (counts.dim() - 1)), counts, policy.resolve(seen, shares))
-        present = held | ((token >= start) & (token < start + n) & real.unsqueeze(1))
-        held = policy.keep(scores, positions.masked_fill(~present, -1), seen.view(b, 1, 1), counts_by_head(counts))
+        present = held | ((token >= start) & (token < stop) & real.unsqueeze(1))
+        if policy.block_size is not None and start > 0 and since < policy.block_size:
+            held = present
+        else:
+            if policy.asks_references:
+                if start == 0 or n > policy.block_size:
+                    asks = References.of_prompt(rotation, query_states[:, :, rows], row_positions[:, rows], seen)
+                else:
+                    chosen = asked_before(stop)
+                    at = row_positions.gather(-1, chosen.clamp_min(0)).masked_fill(chosen < 0, -1)
+                    queries = query_states.gather(2, chosen.clamp_min(0)[:, None, :, None].expand(-1, query_states.shape[1], -1, d))
+                    asks = References.turned(rotation, queries, at, seen, torch.full_like(seen, asked.PLACES + 1), policy.block_size)
+                sees = present.unsqueeze(2).expand(b, g, asks.query_states.shape[2], T)
+                _, sparse, _ = weigh(asks.query_states, seen.unsqueeze(-1) + asks.later, sees, evicted)
+                judged = sparse / (sparse.sum(-1, keepdim=True) + sink_mass)
+                scores = policy.judge(judged.float(), asks.there)
+            else:
+                observed = sparse / (sparse.sum(-1, keepdim=True) + sink_mass) * real[:, None, None, rows, None]
+                scores = policy.observe(scores, observed.float(), row_positions[:, rows])
+            columns = positions.masked_fill(~present, -1)
+            held = policy.keep(scores, columns, seen.view(b, 1, 1), counts_by_head(counts))
+            evicted = (token < stop) & real.unsqueeze(1) & ~held
+            since = 0
+        biased = held.clone()
         kept.append(held)
-        start += n
+        start = stop
     assert start == T, f"blocks sum to {start}, there are {T} tokens"
     return torch.cat(outputs, dim=3).flatten(1, 2), torch.stack(kept)

@@ -1,0 +1,127 @@
+"""A layer's work under a policy that chooses in blocks, in PyTorch: between two choices, attention alone.
+
+Axes: `b` rows, `h` query heads, `g` KV heads, `n` new tokens, `c` columns, `d` head dim, `w` width of values.
+"""
+
+import torch
+from torch.nn.functional import pad
+
+from less_cache.backends.choice import Draft, judge
+from less_cache.fitting import References
+from less_cache.ops.attention import less_attention
+from less_cache.ops.call import AttentionCall
+from less_cache.ops.masks import visible_new
+from less_cache.slots import Asked, Columns, Held, Newest, Setup
+
+QUERY_BLOCK = 256  # queries attended at once: memory is O(QUERY_BLOCK · columns)
+
+
+def read_first(setup: Setup, held: Held, call: AttentionCall, tokens: int) -> Draft:
+    """A block that nothing precedes; the model's own attention gives its output. `tokens`: seen after it."""
+    policy = setup.policy
+    b, g, n, _ = call.key_states.shape
+    real = call.key_states.new_ones(b, n, dtype=torch.bool) if call.real is None else call.real
+    positions = held.rows.read(real, policy, setup.shares)  # [b, n]
+    by_head = positions.unsqueeze(1).expand(b, g, n)
+    held.newest = Newest.empty(call.key_states, call.value_states, policy.block_size, setup.format.is_exact, positions.device)
+    held.asked = Asked.empty(call.query_states, setup.format)
+    held.asked.put(call.query_states, positions)
+    held.is_whole = setup.format.is_exact and call.real is None
+    draft = Draft(Columns(call.key_states, call.value_states, by_head), call, real.sum(-1), tokens)
+    if _is_over(setup, held, draft):
+        references = References.of_prompt(setup.rotation, call.query_states, positions, held.rows.seen)
+        judge(setup, held, draft, references, setup.fit)
+    return draft
+
+
+def read_next(setup: Setup, held: Held, call: AttentionCall, before: int) -> tuple[torch.Tensor, Draft | None]:
+    """Later tokens, after `before` others: attention to what is kept, the newest, the state and themselves.
+
+    Returns their output, `[b, h, n, w]`, and what there is to choose from, once there are tokens for a choice.
+    """
+    policy, rows, newest = setup.policy, held.rows, held.newest
+    b, g, n, _ = call.key_states.shape
+    real = call.key_states.new_ones(b, n, dtype=torch.bool) if call.real is None else call.real
+    came = (newest.positions >= 0).sum(-1)  # [b]
+    if n == 1:
+        positions = rows.seen.int().unsqueeze(-1).masked_fill(~real, -1)
+        rows.step(real.squeeze(-1))
+    else:
+        positions = rows.read(real, policy, setup.shares)  # [b, n]
+    held.is_whole = held.is_whole and call.real is None
+    columns = _columns(held, call, positions)
+    output = _attend(setup, held, call, columns, positions, came, real)
+    held.asked.put(call.query_states, positions)
+    if newest.room >= n:
+        newest.put(call.key_states, call.value_states, positions)
+        if newest.room:
+            return output, None
+    draft = Draft(columns, call, came + real.sum(-1), before + n)
+    if _is_over(setup, held, draft):
+        judge(setup, held, draft, _references(setup, held, call, positions), setup.fit and n > policy.block_size)
+    newest.clear()
+    return output, draft
+
+
+def _is_over(setup: Setup, held: Held, draft: Draft) -> bool:
+    over = draft.over(setup, held)
+    if over is None or bool(over.any()):
+        return True
+    draft.columns.scores = torch.zeros_like(draft.columns.positions, dtype=torch.float32)  # all stay
+    return False
+
+
+def _references(setup: Setup, held: Held, call: AttentionCall, positions: torch.Tensor) -> References:
+    """Of a long block its own queries; else those that are held, and the last one."""
+    asked, n = held.asked, call.num_tokens
+    if n > setup.policy.block_size:
+        return References.of_prompt(setup.rotation, call.query_states, positions, held.rows.seen)
+    queries = torch.cat([asked.queries(), call.query_states[:, :, -1:]], dim=2)
+    at = torch.cat([asked.positions, positions[:, -1:]], dim=-1)
+    seen = held.rows.seen
+    return References.turned(setup.rotation, queries, at, seen, torch.full_like(seen, at.shape[-1]), setup.policy.block_size)
+
+
+def _columns(held: Held, call: AttentionCall, positions: torch.Tensor) -> Columns:
+    """What is kept, the newest tokens, then the new ones at `positions` `[b, n]`."""
+    kept = held.columns()
+    return Columns(
+        torch.cat([kept.keys, call.key_states], dim=2),
+        torch.cat([kept.values, call.value_states], dim=2),
+        torch.cat([kept.positions, positions.unsqueeze(1).expand(*kept.positions.shape[:2], -1)], dim=-1),
+        None,
+        None if kept.bias is None else pad(kept.bias, (0, call.num_tokens)),
+    )
+
+
+def _attend(
+    setup: Setup,
+    held: Held,
+    call: AttentionCall,
+    columns: Columns,
+    positions: torch.Tensor,
+    came: torch.Tensor,
+    real: torch.Tensor,
+) -> torch.Tensor:
+    """Attention output of the new tokens, `[b, h, n, w]`."""
+    n, c = call.num_tokens, columns.positions.shape[-1]
+    if held.is_whole and call.own is not None and n == 1:  # as a DynamicCache would, to the bit
+        output, _ = call.own(call.query_states, columns.keys, columns.values, None)
+        return output.transpose(1, 2)
+    alive = (columns.positions[..., : c - n] >= 0).unsqueeze(2)  # [b, g, 1, c − n]
+    first = held.rows.seen - real.sum(-1) - came  # [b], tokens that the state knows of
+    outputs = []
+    for start in range(0, n, QUERY_BLOCK):
+        queries = slice(start, min(start + QUERY_BLOCK, n))
+        new = visible_new(call.attention_mask, real, queries)  # [b, 1, queries, new]
+        visible = torch.cat([alive.expand(-1, -1, new.shape[2], -1), new.expand(-1, alive.shape[1], -1, -1)], dim=-1)
+        some = slice(visible.shape[-1])
+        query_states = call.query_states[:, :, queries]
+        virtual = None
+        if setup.memory is not None:
+            later = (positions[:, queries] - first.unsqueeze(-1)).clamp_min(0)
+            virtual = setup.memory.virtual_tokens(held.state, query_states, call.scaling, call.softcap, later)
+        bias = None if columns.bias is None else columns.bias[..., some]
+        states = query_states, columns.keys[:, :, some], columns.values[:, :, some]
+        outputs.append(less_attention(*states, visible, call.scaling, call.softcap, call.sinks, virtual, bias)[0])
+    return torch.cat(outputs, dim=2)

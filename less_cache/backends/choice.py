@@ -1,0 +1,93 @@
+"""The choice at a block's end: which columns stay, what they should say, what becomes of the others.
+
+Axes: `b` rows, `h` query heads, `g` KV heads, `n` new tokens, `c` columns, `t` kept ones, `d` head dim.
+"""
+
+import dataclasses
+
+import torch
+
+from less_cache.fitting import References, Seen, ask, fit
+from less_cache.ops.call import AttentionCall
+from less_cache.slots import Columns, Held, Setup, Slots
+
+
+@dataclasses.dataclass
+class Draft:
+    """All columns of a layer at a block's end, with their scores, before a choice."""
+
+    columns: Columns
+    call: AttentionCall  # the block
+    came: torch.Tensor  # [b] real tokens since the choice before
+    tokens: int  # seen by now, padding included
+    seen: Seen | None = None  # what reference queries see of all columns, where there is something to fit
+
+    def over(self, setup: Setup, held: Held) -> torch.Tensor | None:
+        """In which rows a head has more tokens than its budget, bool `[b]`; None: there are no budgets."""
+        capacity = setup.policy.capacity(held.rows.counts_by_head())
+        if capacity is None:
+            return None
+        return ((self.columns.positions >= 0).sum(-1, keepdim=True) > capacity).flatten(1).any(-1)
+
+
+def judge(setup: Setup, held: Held, draft: Draft, references: References, fits: bool) -> None:
+    """Score the draft's columns by what the references see; keep that for a fit."""
+    virtual = _virtual_tokens(setup, held, draft, references, draft.came)
+    draft.columns.scores, seen = ask(references, draft.columns, setup.policy, draft.call, virtual)
+    draft.seen = seen if fits else None
+
+
+def choose(setup: Setup, held: Held, draft: Draft) -> None:
+    """The policy keeps some of the columns, all others are folded in, and what is kept is fitted."""
+    policy, memory, columns = setup.policy, setup.memory, draft.columns
+    seen, counts = held.rows.seen.view(-1, 1, 1), held.rows.counts_by_head()
+    keep = policy.keep(columns.scores, columns.positions, seen, counts)  # [b, g, c]
+    leaves = (columns.positions >= 0) & ~keep
+    if memory is not None:
+        memory.pass_time(held.state, draft.came)
+        memory.fold_in(held.state, columns.keys, columns.values, leaves, columns.positions, seen)
+    if draft.seen is not None and bool(leaves.any()):
+        columns, keep = _fitted(setup, held, draft, keep)
+    if policy.block_size is None:
+        grown = draft.tokens if setup.grows else None
+        held.slots = Slots.keep(columns, keep, policy.capacity(counts), grown, setup.format)
+        return
+    columns.scores = None
+    held.slots = Slots.chosen(columns, keep, setup.format)
+    held.is_whole = held.is_whole and not bool(leaves.any())
+
+
+def _fitted(setup: Setup, held: Held, draft: Draft, keep: torch.Tensor) -> tuple[Columns, torch.Tensor]:
+    """The kept columns alone, with biases and values that were fitted, and which of them there are, `[b, g, t]`."""
+    assert draft.seen is not None, "there is something to fit"
+    most = int(keep.sum(-1).max())
+    order = (~keep).int().argsort(dim=-1, stable=True)[..., :most]  # [b, g, t], kept ones first
+    there = keep.gather(-1, order)
+
+    def gathered(tensor: torch.Tensor) -> torch.Tensor:
+        index = order if tensor.dim() == 3 else order.unsqueeze(-1).expand(*order.shape, tensor.shape[-1])
+        return tensor.gather(2, index)
+
+    columns = draft.columns
+    bias = None if columns.bias is None else gathered(columns.bias)
+    scores = None if columns.scores is None else gathered(columns.scores)
+    kept = Columns(gathered(columns.keys), gathered(columns.values), gathered(columns.positions), scores, bias)
+    kept.positions = kept.positions.masked_fill(~there, -1)
+    kept.keys = setup.format.decode(setup.format.encode(kept.keys), columns.keys.dtype)  # the fit makes up for its errors
+    virtual = _virtual_tokens(setup, held, draft, draft.seen.references, None)
+    bias, values, change = fit(draft.seen, kept, draft.call, virtual)
+    if change is not None:
+        setup.memory.change_values(held.state, change)
+    kept.bias, kept.values = bias.masked_fill(~there, 0), values.to(columns.values.dtype)
+    return kept, there
+
+
+def _virtual_tokens(
+    setup: Setup, held: Held, draft: Draft, references: References, came: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """The state as columns for the references, `came` `[b]` tokens after it."""
+    if setup.memory is None:
+        return None
+    later = references.later if came is None else references.later + came.unsqueeze(-1)
+    call = draft.call
+    return setup.memory.virtual_tokens(held.state, references.query_states, call.scaling, call.softcap, later)
