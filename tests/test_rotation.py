@@ -274,11 +274,9 @@ def test_dropout_of_a_model_in_training_is_off():
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # peft asks transformers for an old name
-@pytest.mark.filterwarnings("default::DeprecationWarning")  # torch's own, while it compiles
 def test_one_forward_for_a_model_wrapped_or_not(monkeypatch):
     model = tiny.tiny_llama()
-    wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
-    found = rotations(torch.compile(wrapped))
+    found = rotations(peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False)))
     monkeypatch.setattr(model, "forward", None)
     assert rotations(model) is found
     assert_turns_as_llama(found)
@@ -346,13 +344,42 @@ def test_positions_that_are_no_rotation(caplog, monkeypatch, change):
     assert log_of(caplog, model) == ["LlamaForCausalLM: how the queries of layers [0, 1] turn is not known"]
 
 
-def test_a_model_that_takes_no_positions(monkeypatch):
-    model = tiny.tiny_llama()
+def without_positions(monkeypatch, model: PreTrainedModel) -> PreTrainedModel:
+    """As somebody's own code may be: it swallows what it does not know."""
     forward = model.forward
-    monkeypatch.setattr(
-        model, "forward", lambda input_ids, past_key_values, use_cache: forward(input_ids, past_key_values=past_key_values)
-    )
-    assert_turns_as_llama(rotations(model))
+
+    def own_forward(input_ids, past_key_values, **kwargs):
+        return forward(input_ids, past_key_values=past_key_values)
+
+    monkeypatch.setattr(model, "forward", own_forward)
+    return model
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt_oss", "mixtral"])
+def test_a_model_that_takes_no_positions(name, monkeypatch):
+    model = copy.deepcopy(model_of(name))
+    expected = rotations(model_of(name))
+    for index, rotation in rotations(without_positions(monkeypatch, model)).items():
+        torch.testing.assert_close(rotation.angles, expected[index].angles, rtol=1e-3, atol=1e-7)
+
+
+def test_learned_positions_that_nobody_may_choose(monkeypatch):
+    model = copy.deepcopy(model_of("gpt2"))
+    assert not any(rotation.turns for rotation in rotations(without_positions(monkeypatch, model)).values())
+
+
+@pytest.mark.parametrize("name", ["bamba", "qwen3_next"])
+def test_behind_a_recurrence_that_reads_a_text(name, monkeypatch):
+    model = copy.deepcopy(model_of(name))
+    assert rotations(without_positions(monkeypatch, model)) == {1: None}
+
+
+def test_angles_by_length_of_a_model_that_takes_no_positions(monkeypatch, caplog):
+    model = without_positions(monkeypatch, scaled_llama("longrope"))
+    with caplog.at_level(logging.INFO, logger="less_cache"):
+        assert rotations(model, 300) == {0: None, 1: None}
+    assert "length of the text" in caplog.text
+    assert all(rotation.turns for rotation in rotations(model).values())
 
 
 def test_some_layers_are_known(monkeypatch, caplog):

@@ -10,6 +10,7 @@ Axes: `p` probed positions, `s` samples (a token in a query head), `d`, `i`, `j`
 
 import contextlib
 import dataclasses
+import inspect
 import logging
 import weakref
 from collections.abc import Callable, Iterator
@@ -17,7 +18,7 @@ from typing import Any
 
 import torch
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from less_cache.integration import hook
 from less_cache.integration.families import full_attention_layers
@@ -28,6 +29,7 @@ logger = logging.getLogger(__name__)
 POSITIONS = (0, 1, 8, 64, 512, 4096)  # each tells the angle eight times as well as the one before, up to whole turns
 LONGEST_TEXT = 512  # where the model has to read all positions up to the last
 NUM_TOKENS = 4
+FREE_LAYERS = {"DynamicLayer", "DynamicSlidingWindowLayer", "LinearAttentionLayer"}  # of a cache; sparse layers are not
 SAFE_POSITIONS = 128  # where the config names no maximum
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}  # of a query's length, between what was predicted and what came
 COARSE = 3e-2  # in 16 bit
@@ -133,98 +135,113 @@ def _length(config: PreTrainedConfig, num_tokens: int) -> int:
 
 
 class _Recorder(DynamicLayer):
-    """Dense attention that remembers the queries and values it saw."""
+    """Remembers queries and values, and gives every token its own value: attention to one token, whatever sinks take of it."""
 
     def __init__(self) -> None:
         super().__init__()
         self.seen: tuple[torch.Tensor, ...] = ()
 
-    def update(self, *args, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
-        key_states, value_states = super().update(*args, **kwargs)
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         return hook.tag(key_states, self), value_states
 
     def attend(self, original: Callable, module: torch.nn.Module, query_states, key_states, value_states, *args, **kwargs):
         self.seen = query_states, value_states
-        return original(module, query_states, key_states, value_states, *args, **kwargs)
+        group = query_states.shape[1] // value_states.shape[1]
+        return value_states.repeat_interleave(group, dim=1).transpose(1, 2), None  # [b, n, h, d]
 
     def refuse(self, reason: str) -> None:
-        """An attention function that nobody knows: it may compute what it likes with one token."""
+        """Of an attention function that somebody has registered: it is not called."""
+
+
+Seen = dict[int, list[torch.Tensor]]  # of each layer that was seen to attend, queries and values
 
 
 @torch.inference_mode(False)
 @torch.no_grad()
 def _probed(model: PreTrainedModel, length: int) -> Rotations:
     layers = full_attention_layers(model.config)
-    own = [type(layer).__module__ != DynamicLayer.__module__ for layer in DynamicCache(config=model.config).layers]
-    probes = [_repeated_tokens] if any(own) else [_single_tokens, _repeated_tokens]
-    for probe in probes:
-        try:
-            found = _found_by(probe, model, layers, length)
-            break
-        except Exception as error:  # whatever somebody's own code raises, such as where it takes no positions
-            reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
-    else:
-        logger.info("%s: how its queries turn is not known (%s)", type(model).__name__, reason)
+    positions = [position for position in POSITIONS if position < _trained_length(model.config.get_text_config(decoder=True))]
+    repeats = not _takes_any_position(model)
+    try:
+        if repeats:
+            positions = [position for position in positions if position <= LONGEST_TEXT]
+            seen = _repeated_tokens(model, positions, length)
+        else:
+            seen = _single_tokens(model, positions, length)
+    except Exception as error:  # whatever somebody's own code raises
+        reason = (str(error).strip().splitlines() or [""])[0]
+        logger.info("%s: how its queries turn is not known (%s: %s)", type(model).__name__, type(error).__name__, reason)
         return dict.fromkeys(layers)
+
+    found: Rotations = dict.fromkeys(layers)
+    first = min(seen, default=0)
+    for index in seen.keys() & found.keys():
+        queries, _ = seen[index]
+        found[index] = _rotation(queries, positions, TOLERANCE.get(queries.dtype, COARSE))
+    if seen and (first == 0 or not repeats):  # else a recurrence may have moved the values
+        _, values = seen[first]
+        if _moves(values, TOLERANCE.get(values.dtype, COARSE)):  # the hidden states hold the position
+            found = {index: Rotation.none(seen[index][0].shape[-1]) if index in seen else None for index in layers}
     if unknown := [index for index in layers if found[index] is None]:
         logger.info("%s: how the queries of layers %s turn is not known", type(model).__name__, unknown)
     return found
 
 
-def _found_by(probe: Callable, model: PreTrainedModel, layers: list[int], length: int) -> Rotations:
-    config = model.config.get_text_config(decoder=True)
-    tokens = torch.arange(1, NUM_TOKENS + 1) * config.vocab_size // (NUM_TOKENS + 1)
-    positions = [position for position in POSITIONS if position < _trained_length(config)]
-    seen = probe(model, layers, tokens, positions, length)
-    return {index: _rotation(*seen[index], positions) if index in seen else None for index in layers}
+def _takes_any_position(model: PreTrainedModel) -> bool:
+    """Whether a token may stand anywhere: the model is told where, and no layer looks for keys at positions."""
+    kinds = {type(layer).__name__ for layer in DynamicCache(config=model.config).layers}
+    return kinds <= FREE_LAYERS and "position_ids" in inspect.signature(model.forward).parameters
 
 
-def _single_tokens(
-    model: PreTrainedModel, layers: list[int], tokens: torch.Tensor, positions: list[int], length: int
-) -> dict[int, list[torch.Tensor]]:
-    """Queries and values of each layer, `[p, s, d]`, of single tokens, each in a row of its own."""
+def _single_tokens(model: PreTrainedModel, positions: list[int], length: int) -> Seen:
+    """Queries and values `[p, s, d]` of single tokens, each in a row of its own."""
+    tokens = _tokens(model)
+    shape = len(tokens), len(positions)
     input_ids = tokens.repeat_interleave(len(positions))  # [b]
     position_ids = torch.tensor(positions).repeat(len(tokens))  # [b]
     if length > 0:  # one more row, the last token of such a text: the model chooses its angles by the largest position
         input_ids = torch.cat([input_ids, input_ids[-1:]])
         position_ids = torch.cat([position_ids, torch.tensor([length - 1])])
-    seen = _attended(model, layers, input_ids[:, None], position_ids=position_ids[:, None])
-    shape = len(tokens), len(positions)
+    seen = _attended(model, input_ids=input_ids[:, None], position_ids=position_ids[:, None])
     return {
         index: [each[: shape[0] * shape[1], :, 0].unflatten(0, shape).transpose(0, 1).flatten(1, 2) for each in states]
         for index, states in seen.items()
     }
 
 
-def _repeated_tokens(
-    model: PreTrainedModel, layers: list[int], tokens: torch.Tensor, positions: list[int], length: int
-) -> dict[int, list[torch.Tensor]]:
-    """The same of texts that repeat one token: attention to equal values gives that value, too. Not so with sinks, or beside
-    layers with a recurrence. For models that take no positions, or, with sparse layers of their own, none beyond the text:
-    on a GPU that would end the process.
+def _repeated_tokens(model: PreTrainedModel, positions: list[int], length: int) -> Seen:
+    """The same of texts that repeat one token, for models that take no positions or, with layers of their own kind, none
+    beyond the text (on a GPU, that would end the process). Says nothing behind a layer with a recurrence.
     """
     if length > 0:
-        raise NotImplementedError("no text is made as long as that")
-    positions = [position for position in positions if position <= LONGEST_TEXT]
-    seen = _attended(model, layers, tokens[:, None].expand(-1, positions[-1] + 1))
+        raise NotImplementedError("its angles depend on the length of the text, and it takes no positions")
+    seen = _attended(model, input_ids=_tokens(model)[:, None].expand(-1, positions[-1] + 1))
     return {
         index: [each[:, :, positions].permute(2, 0, 1, 3).flatten(1, 2) for each in states] for index, states in seen.items()
     }
 
 
-def _attended(
-    model: PreTrainedModel, layers: list[int], input_ids: torch.Tensor, **options: torch.Tensor
-) -> dict[int, list[torch.Tensor]]:
-    """What attention saw of those layers that it was seen to attend in: queries `[b, h, n, d]` and values `[b, g, n, d]`."""
+def _tokens(model: PreTrainedModel) -> torch.Tensor:
+    """A few, from all over the vocabulary."""
+    return torch.arange(1, NUM_TOKENS + 1) * model.config.get_text_config(decoder=True).vocab_size // (NUM_TOKENS + 1)
+
+
+def _attended(model: PreTrainedModel, **inputs: torch.Tensor) -> Seen:
+    """What a forward asks attention: queries `[b, h, n, d]` and values `[b, g, n, d]`."""
     hook.install()
     cache = DynamicCache(config=model.config)
-    recorders = {index: _Recorder() for index in layers}
+    recorders = {
+        index: _Recorder()
+        for index, layer in enumerate(cache.layers)
+        if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer)
+    }
     for index, recorder in recorders.items():
         cache.layers[index] = recorder
-    device = device_of_layer(model, layers[0])
-    inputs = {name: tensor.to(device) for name, tensor in {"input_ids": input_ids, **options}.items()}
+    device = device_of_layer(model, min(recorders))
     with _left_as_it_was(model):
-        model(**inputs, past_key_values=cache, use_cache=True)
+        model(**{name: tensor.to(device) for name, tensor in inputs.items()}, past_key_values=cache, use_cache=True)
     return {index: [each.cpu() for each in recorder.seen] for index, recorder in recorders.items() if recorder.seen}
 
 
@@ -235,8 +252,8 @@ def _left_as_it_was(model: torch.nn.Module) -> Iterator[None]:
     buffers = [
         (module, name, buffer, buffer.clone())
         for module in model.modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None and name in module._non_persistent_buffers_set and not module._parameters
+        if next(module.parameters(recurse=False), None) is None
+        for name, buffer in module.named_buffers(recurse=False)
     ]
     for module, _ in attributes:
         module.training = False
@@ -248,7 +265,7 @@ def _left_as_it_was(model: torch.nn.Module) -> Iterator[None]:
                 del vars(module)[name]
             vars(module).update(before)
         for module, name, buffer, values in buffers:
-            module._buffers[name] = buffer
+            setattr(module, name, buffer)
             if not buffer.is_meta and not torch.equal(buffer, values):
                 buffer.copy_(values)
 
@@ -256,30 +273,29 @@ def _left_as_it_was(model: torch.nn.Module) -> Iterator[None]:
 # What it means
 
 
-def _rotation(query_states: torch.Tensor, value_states: torch.Tensor, positions: list[int]) -> Rotation | None:
+def _rotation(queries: torch.Tensor, positions: list[int], tolerance: float) -> Rotation | None:
     """The rotation that explains the queries `[p, s, d]`; None: there is none."""
-    eps, tolerance = torch.finfo(query_states.dtype).eps, TOLERANCE.get(query_states.dtype, COARSE)
-    queries, values = query_states.double(), value_states.double()
-    positions = positions[: len(queries)]
-    head_dim = queries.shape[-1]
-    nothing = Rotation.none(head_dim)
-    if _error(nothing, queries, positions) <= tolerance:
-        return nothing
-    for ratios in (torch.ones(head_dim, head_dim, dtype=queries.dtype), _ratios(queries, eps)):
+    if not _moves(queries, tolerance):
+        return Rotation.none(queries.shape[-1])
+    eps = torch.finfo(queries.dtype).eps
+    queries = queries.double()
+    for ratios in (queries.new_ones(queries.shape[-1], queries.shape[-1]), _ratios(queries, eps)):
         rotation = _best(queries, positions, ratios)
-        if _error(rotation, queries, positions) <= tolerance:
+        turned = rotation.turn(queries[:1].expand_as(queries), by=torch.tensor(positions)[:, None])
+        if _distance(queries, turned) <= tolerance:
             return rotation
-    if _error(Rotation.none(values.shape[-1]), values, positions) > tolerance:
-        return nothing  # the hidden states hold the position
     return None
 
 
-def _error(rotation: Rotation, queries: torch.Tensor, positions: list[int]) -> float:
-    """How far the first position's queries, turned to the others, are from those there, up to a factor for each position."""
-    by = torch.tensor(positions)[:, None]  # [p, 1]
-    turned = rotation.turn(queries[:1].expand_as(queries), by)
-    factors = (queries * turned).sum((1, 2), keepdim=True) / turned.square().sum((1, 2), keepdim=True)
-    errors = (queries - factors * turned).square().sum((1, 2)) / queries.square().sum((1, 2))  # [p]
+def _moves(states: torch.Tensor, tolerance: float) -> bool:
+    """Whether states `[p, s, d]` differ from position to position."""
+    return _distance(states.double(), states[:1].double().expand_as(states)) > tolerance
+
+
+def _distance(states: torch.Tensor, predicted: torch.Tensor) -> float:
+    """How far states are from what was predicted, as a share of their length, up to a factor for each position."""
+    factors = (states * predicted).sum((1, 2), keepdim=True) / predicted.square().sum((1, 2), keepdim=True)
+    errors = (states - factors * predicted).square().sum((1, 2)) / states.square().sum((1, 2))  # [p]
     return errors.max().sqrt().item()
 
 
