@@ -346,6 +346,18 @@ def test_positions_that_are_no_rotation(caplog, monkeypatch, change):
     assert log_of(caplog, model) == ["LlamaForCausalLM: how the queries of layers [0, 1] turn is not known"]
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, 0.0])
+def test_weights_that_say_nothing(value, caplog):
+    model = tiny.tiny_llama()
+    nn.init.constant_(model.model.embed_tokens.weight, value)
+    assert log_of(caplog, model) == ["LlamaForCausalLM: how the queries of layers [0, 1] turn is not known"]
+
+
+def test_a_model_without_weights(caplog):
+    [line] = log_of(caplog, tiny.tiny_llama().to("meta"))
+    assert "is not known" in line
+
+
 def without_positions(monkeypatch, model: PreTrainedModel) -> PreTrainedModel:
     """As somebody's own code may be: it swallows what it does not know."""
     forward = model.forward

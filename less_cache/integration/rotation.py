@@ -182,7 +182,7 @@ def _probed(model: PreTrainedModel, length: int) -> Rotations:
         found[index] = _rotation(queries, positions, TOLERANCE.get(queries.dtype, COARSE))
     if seen and (first == 0 or not repeats):  # else a recurrence may have moved the values
         _, values = seen[first]
-        if _moves(values, TOLERANCE.get(values.dtype, COARSE)):  # the hidden states hold the position
+        if _movement(values) > TOLERANCE.get(values.dtype, COARSE):  # the hidden states hold the position
             found = {index: Rotation.none(seen[index][0].shape[-1]) if index in seen else None for index in layers}
     if unknown := [index for index in layers if found[index] is None]:
         logger.info("%s: how the queries of layers %s turn is not known", type(model).__name__, unknown)
@@ -275,7 +275,7 @@ def _left_as_it_was(model: torch.nn.Module) -> Iterator[None]:
 
 def _rotation(queries: torch.Tensor, positions: list[int], tolerance: float) -> Rotation | None:
     """The rotation that explains the queries `[p, s, d]`; None: there is none."""
-    if not _moves(queries, tolerance):
+    if _movement(queries) <= tolerance:
         return Rotation.none(queries.shape[-1])
     eps = torch.finfo(queries.dtype).eps
     queries = queries.double()
@@ -287,9 +287,10 @@ def _rotation(queries: torch.Tensor, positions: list[int], tolerance: float) -> 
     return None
 
 
-def _moves(states: torch.Tensor, tolerance: float) -> bool:
-    """Whether states `[p, s, d]` differ from position to position."""
-    return _distance(states.double(), states[:1].double().expand_as(states)) > tolerance
+def _movement(states: torch.Tensor) -> float:
+    """How far states `[p, s, d]` differ from the first position's; NaN where they are zeros, or no numbers."""
+    states = states.double()
+    return _distance(states, states[:1].expand_as(states))
 
 
 def _distance(states: torch.Tensor, predicted: torch.Tensor) -> float:
