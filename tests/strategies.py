@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from less_cache import POLICIES, EvictionPolicy
 from less_cache.cache.layer import LESSLayer
+from less_cache.integration.rotation import Rotation
 from less_cache.memory import MEMORIES
 from less_cache.memory.base import TrainedMemory
 
@@ -45,6 +46,7 @@ class Case:
     real: torch.Tensor | None  # [b, T]
     states: tuple[torch.Tensor, ...]  # queries [b, h, T, d], keys and values [b, g, T, d]
     shares: torch.Tensor | None = None  # [g]
+    rotation: Rotation | None = None
 
     def __repr__(self) -> str:  # a failing example is read by people: shapes, not numbers
         shapes = [list(states.shape) for states in self.states]
@@ -53,7 +55,7 @@ class Case:
         return f"Case({self.policy}, kernels={kernels}, blocks={self.blocks}, real={self.real}, {heads})"
 
     def layer(self) -> LESSLayer:
-        return LESSLayer(self.policy, self.kernels, layer_idx=0, shares=self.shares)
+        return LESSLayer(self.policy, self.kernels, layer_idx=0, shares=self.shares, rotation=self.rotation)
 
     def real_tokens(self) -> torch.Tensor:
         b, _, length, _ = self.states[0].shape
@@ -89,11 +91,17 @@ def cases(
     elif padding == "anywhere":
         masks = draw(st.lists(st.lists(st.booleans(), min_size=length, max_size=length), min_size=b - 1, max_size=b - 1))
         real = torch.tensor([[True] * length, *masks])
+    states = tiny.random_states(b, h, g, length, d, seed=seed)
+    rotation = None
+    if POLICIES[name].asks_references:
+        states = 0.3 * states[0], *states[1:]  # weights that are all but 1 would be ties, which rounding decides
+        rotation = draw(st.sampled_from([None, tiny.rotation(d)]))
     return Case(
         policy=draw(policies(name, fractions)),
         kernels=tiny.layer_kernels(h, g, d, seed=seed, memory=memory) if memory else None,
         blocks=lengths,
         real=real,
-        states=tiny.random_states(b, h, g, length, d, seed=seed),
+        states=states,
         shares=torch.tensor(draw(st.lists(st.sampled_from([0.2, 1.0, 2.5]), min_size=g, max_size=g))) if uneven else None,
+        rotation=rotation,
     )

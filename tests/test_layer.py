@@ -24,7 +24,17 @@ STEP_POLICIES = [H2O(2, 3), SinkRecent(2, 3), CORM(3, 2)]
 @pytest.fixture(autouse=True, scope="module")
 def small_blocks():
     """Small inner blocks, so that a dozen tokens reach every path."""
-    with mock.patch("less_cache.backends.torch.QUERY_BLOCK", 3), mock.patch("less_cache.slots.slots.SPARE_SLOTS", 2):
+    small = {
+        "less_cache.backends.torch.QUERY_BLOCK": 3,
+        "less_cache.backends.blocks.QUERY_BLOCK": 3,
+        "less_cache.slots.slots.SPARE_SLOTS": 2,
+        "less_cache.slots.asked.PLACES": 2,
+        "less_cache.slots.asked.STRIDE": 3,
+        "less_cache.fitting.references.MOST": 5,
+    }
+    with contextlib.ExitStack() as stack:
+        for name, number in small.items():
+            stack.enter_context(mock.patch(name, number))
         yield
 
 
@@ -91,7 +101,7 @@ def test_layer_equals_the_reference(name, padding, data):
         "s_aux": data.draw(st.sampled_from([None, torch.linspace(-1, 2, h)])),
     }
     options = {"scaling": attention["scaling"], "softcap": attention["softcap"], "sinks": attention["s_aux"]}
-    expected, kept = reference_attention(*case.states, case.policy, case.blocks, case.kernels, case.real, **options)
+    expected, kept = reference_attention(*case.states, case.policy, case.blocks, case.kernels, case.real, **options, rotation=case.rotation)
     layer, real = case.layer(), case.real_tokens()
     fed = feed_block_by_block(layer, case, additive_mask=data.draw(st.booleans()), **attention)
     for (seen, block, output), kept_after in zip(fed, kept, strict=True):
@@ -122,7 +132,7 @@ def test_heads_with_budgets_and_tokens_with_biases_equal_the_reference(name, pad
         bias[:, :, :first] = torch.linspace(-2, 2, b * g * first).view(b, g, first)
         bias *= real.unsqueeze(1)
     expected, kept = reference_attention(
-        *case.states, case.policy, case.blocks, case.kernels, case.real, shares=case.shares, bias=bias
+        *case.states, case.policy, case.blocks, case.kernels, case.real, shares=case.shares, bias=bias, rotation=case.rotation
     )
     layer, by_position = case.layer(), bias.clone()
     for row in range(b):  # real tokens count from 0
@@ -149,7 +159,7 @@ def test_heads_with_budgets_and_tokens_with_biases_equal_the_reference(name, pad
 def test_half_precision_is_used_for_slots_and_outputs_alone(name, dtype, data):
     case = data.draw(cases(name, kernels=True))
     case.states = tuple(states.to(dtype) for states in case.states)
-    expected, kept = reference_attention(*case.states, case.policy, case.blocks, case.kernels)
+    expected, kept = reference_attention(*case.states, case.policy, case.blocks, case.kernels, rotation=case.rotation)
     layer, output = feed(case)
     assert torch.equal(tiny.held_tokens(layer, case.real_tokens()), kept[-1])
     assert layer.keys.dtype == layer.values.dtype == output.dtype == dtype
@@ -196,7 +206,7 @@ def test_every_token_seen_is_either_kept_or_folded_once(name, data):
 def test_state_equals_the_closed_form_sum_over_the_evicted(name, data):
     case = data.draw(cases(name, padding="left", kernels=True))
     _, key, value = case.states
-    _, kept = reference_attention(*case.states, case.policy, case.blocks, case.kernels, case.real)
+    _, kept = reference_attention(*case.states, case.policy, case.blocks, case.kernels, case.real, rotation=case.rotation)
     evicted = case.real_tokens().unsqueeze(1) & ~kept[-1]  # [b, g, T]
     layer, _ = feed(case)
     key_features = faded_features(case, key.shape[2], layer) * evicted.unsqueeze(-1)  # [b, g, T, r]
@@ -273,7 +283,7 @@ def test_a_step_equals_a_block_of_one(name, data):
     blocks = st.builds(lambda prompt, steps: [prompt] + [1] * steps, st.integers(1, 8), st.integers(1, 12))
     case = data.draw(cases(name, blocks=blocks, padding="anywhere"))
     layer, output = feed(case)
-    block_layer, expected = feed(case, BlockLayer(case.policy, case.kernels, layer_idx=0))
+    block_layer, expected = feed(case, BlockLayer(case.policy, case.kernels, layer_idx=0, rotation=case.rotation))
     assert_same_outputs(output, expected, case.real_tokens())
     assert_same_state(layer, block_layer)
 

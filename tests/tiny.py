@@ -8,6 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from less_cache import H2O, LESSCache, LESSConfig, LESSKernels
 from less_cache.cache.layer import LESSLayer
 from less_cache.integration.families import fingerprint, geometry
+from less_cache.integration.rotation import Rotation
 from less_cache.memory import MEMORIES
 from less_cache.memory.base import TrainedMemory
 
@@ -99,6 +100,13 @@ def random_states(b: int, h: int, g: int, length: int, d: int, seed: int = 0) ->
     key_states = torch.randn(b, g, length, d, generator=generator) * torch.randn(b, g, length, 1, generator=generator).exp()
     value_states = torch.randn(b, g, length, d, generator=generator)
     return query_states, key_states, value_states
+
+
+def rotation(d: int) -> Rotation:
+    """RoPE over all `d` numbers of a head, the first half with the second."""
+    half = torch.arange(d // 2)
+    angles = 0.5 ** half.float()
+    return Rotation(torch.cat([half + d // 2, half]), torch.tensor([-1.0, 1.0]).repeat_interleave(d // 2), angles.repeat(2))
 
 
 def plain_attention(module, query, key, value, mask, dropout=0.0, scaling=None, softcap=None, s_aux=None):

@@ -105,7 +105,7 @@ def _attend(
 ) -> torch.Tensor:
     """Attention output of the new tokens, `[b, h, n, w]`."""
     n, c = call.num_tokens, columns.positions.shape[-1]
-    if held.is_whole and call.own is not None and n == 1:  # as a DynamicCache would, to the bit
+    if held.is_whole and columns.bias is None and call.own is not None and n == 1:  # as a DynamicCache would, to the bit
         output, _ = call.own(call.query_states, columns.keys, columns.values, None)
         return output.transpose(1, 2)
     alive = (columns.positions[..., : c - n] >= 0).unsqueeze(2)  # [b, g, 1, c − n]
