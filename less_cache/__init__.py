@@ -3,13 +3,14 @@
 from less_cache.cache import LESSCache, MemoryFootprint
 from less_cache.errors import LESSError
 from less_cache.kernels import LESSConfig, LESSKernels
-from less_cache.policies import CORM, H2O, POLICIES, EvictionPolicy, SinkRecent
+from less_cache.policies import CORM, H2O, POLICIES, AttentionMatching, EvictionPolicy, SinkRecent
 from less_cache.version import __version__
 
 __all__ = [
     "CORM",
     "H2O",
     "POLICIES",
+    "AttentionMatching",
     "EvictionPolicy",
     "LESSCache",
     "LESSConfig",

@@ -10,9 +10,10 @@ from tiny import tiny_kernels, tiny_llama
 from transformers import DynamicCache, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
-from less_cache import CORM, H2O, LESSCache, LESSError, SinkRecent
+from less_cache import CORM, H2O, AttentionMatching, LESSCache, LESSError, SinkRecent
 
-POLICIES = [H2O(heavy=4, recent=3), H2O(heavy=0.2, recent=0.1), SinkRecent(sinks=2, recent=5), CORM(window=4, recent=3)]
+FITTED = AttentionMatching(budget=8, every=5)
+POLICIES = [H2O(heavy=4, recent=3), H2O(heavy=0.2, recent=0.1), SinkRecent(sinks=2, recent=5), CORM(window=4, recent=3), FITTED]
 NEW = 24
 
 each_policy = pytest.mark.parametrize("policy", POLICIES, ids=repr)
@@ -32,7 +33,8 @@ def prompt() -> torch.Tensor:
 
 
 def less(model: PreTrainedModel, policy=POLICIES[0]) -> LESSCache:
-    return LESSCache(model, policy, tiny_kernels(model))
+    options = {"heads": "adaptive", "slots": "int4", "fit": True} if policy is FITTED else {}
+    return LESSCache(model, policy, tiny_kernels(model), **options)
 
 
 @torch.no_grad()

@@ -40,7 +40,7 @@ def read_next(setup: Setup, held: Held, call: AttentionCall, before: int) -> tup
     Returns their output, `[b, h, n, w]`, and what there is to choose from, once there are tokens for a choice.
     """
     policy, rows, newest = setup.policy, held.rows, held.newest
-    b, g, n, _ = call.key_states.shape
+    b, n = call.key_states.shape[0], call.num_tokens
     real = call.key_states.new_ones(b, n, dtype=torch.bool) if call.real is None else call.real
     came = (newest.positions >= 0).sum(-1)  # [b]
     if n == 1:

@@ -34,9 +34,7 @@ def take_step(setup: Setup, held: Held, call: AttentionCall, tokens: int) -> tor
     return in_pytorch.step(setup, held, call)
 
 
-def take_block(
-    setup: Setup, held: Held, call: AttentionCall, tokens: int
-) -> tuple[torch.Tensor | None, Draft | None]:
+def take_block(setup: Setup, held: Held, call: AttentionCall, tokens: int) -> tuple[torch.Tensor | None, Draft | None]:
     """Take several tokens, or the first, or any under a policy that chooses in blocks, after the `tokens` that were seen.
 
     Returns their output, `[b, h, n, w]`, None for a first block whose output the model's own attention gives; and what there is
@@ -44,7 +42,11 @@ def take_block(
     """
     after = tokens + call.num_tokens  # may be a tensor, which stays as it is
     if setup.policy.block_size is not None:
-        return (None, blocks.read_first(setup, held, call, after)) if held.slots is None else blocks.read_next(setup, held, call, tokens)
+        return (
+            (None, blocks.read_first(setup, held, call, after))
+            if held.slots is None
+            else blocks.read_next(setup, held, call, tokens)
+        )
     if held.slots is not None:
         return in_pytorch.read_next(setup, held, call, after)
     return in_pytorch.read_first(setup, held, call, after, attends_prompt(setup.policy, call), read_first_block)

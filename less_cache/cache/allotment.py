@@ -4,7 +4,6 @@ from typing import Any
 
 from less_cache.backends import Draft
 from less_cache.fitting import allot
-from less_cache.ops.call import AttentionCall
 
 
 class Allotment:

@@ -13,7 +13,7 @@ FLOOR = 0.3  # of the mean budget, which every head gets
 def allot(scores: Sequence[torch.Tensor], protected: Sequence[torch.Tensor], budgets: torch.Tensor) -> list[torch.Tensor]:
     """Tokens of every head, `[b, g]` int64 a layer, whose mean over heads and layers is the budget of the row.
 
-    Every head gets `FLOOR` of the mean, and the protected columns; the rest goes to the highest scores, whichever head has them.
+    Every head gets `FLOOR` of the mean, and the protected columns; the rest goes to the highest scores of all.
 
     Args:
         scores: Of every layer `[b, g, c]`, comparable over layers; below 0 where there is no token.

@@ -36,7 +36,7 @@ class References:
         count: torch.Tensor,
         horizon: int,
     ) -> "References":
-        """The queries `[b, h, k, d]` from `positions` `[b, k]`, -1: none, turned to behind the `seen` `[b]` tokens of their rows,
+        """The queries `[b, h, k, d]` from `positions` `[b, k]`, -1: none, turned to behind the `seen` `[b]` tokens of a row,
         where `count` `[b]` of them spread over `horizon` tokens. A rotation that is not known turns nothing.
         """
         places = torch.arange(positions.shape[-1], device=positions.device)  # those that there are come first
@@ -47,10 +47,8 @@ class References:
         return cls(query_states, positions >= 0, later)
 
     @classmethod
-    def of_prompt(
-        cls, rotation: Any, query_states: torch.Tensor, positions: torch.Tensor, seen: torch.Tensor
-    ) -> "References":
-        """Of a prompt's queries `[b, h, n, d]` at `positions` `[b, n]`, -1: padding, at most `MOST`, evenly spaced in each row."""
+    def of_prompt(cls, rotation: Any, query_states: torch.Tensor, positions: torch.Tensor, seen: torch.Tensor) -> "References":
+        """Of a prompt's queries `[b, h, n, d]` at `positions` `[b, n]`, -1: padding, at most `MOST` a row, evenly spaced."""
         real = positions >= 0
         length = real.sum(-1)  # [b]
         count = length.clamp_max(MOST)

@@ -123,12 +123,15 @@ class EvictionPolicy(abc.ABC):
         return torch.stack(columns, dim=-1)
 
     def by_head(self, counts: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
-        """Token counts `[b, f]` of each row as those of its KV heads, `[b, g, f]`, which get `shares` `[b, g]` of the budget."""
-        columns = []
+        """Token counts `[b, f]` as those of KV heads, `[b, g, f]`, which get `shares` `[b, g]` of the budget."""
+        columns, total, spent = [], 0, 0
         for field, count in zip(dataclasses.fields(self), counts.unbind(-1), strict=True):
             by_head = count.unsqueeze(-1).expand(shares.shape)
             if not field.metadata.get("shared", False):
-                by_head = (by_head * shares).round().clamp_min(field.metadata.get("least", 1)).long()
+                total = total + by_head
+                spent_with_it = (total * shares).round().long()  # rounded once, so that the counts of a head add up
+                by_head = (spent_with_it - spent).clamp_min(field.metadata.get("least", 1))
+                spent = spent_with_it
             columns.append(by_head)
         return torch.stack(columns, dim=-1)
 

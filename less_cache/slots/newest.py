@@ -28,7 +28,7 @@ class Newest:
         cls, key_states: torch.Tensor, value_states: torch.Tensor, places: int, is_exact: bool, device: torch.device
     ) -> "Newest":
         """No tokens yet, of rows, heads and types as in `key_states` `[b, g, *, d]` and `value_states` `[b, g, *, w]`."""
-        b, g, _, d = key_states.shape
+        b, g = key_states.shape[:2]
 
         def buffer(states: torch.Tensor) -> torch.Tensor:
             dtype = states.dtype if is_exact or states.dtype.itemsize <= 2 else torch.float16

@@ -150,8 +150,12 @@ def reference_attention(
                 else:
                     chosen = asked_before(stop)
                     at = row_positions.gather(-1, chosen.clamp_min(0)).masked_fill(chosen < 0, -1)
-                    queries = query_states.gather(2, chosen.clamp_min(0)[:, None, :, None].expand(-1, query_states.shape[1], -1, d))
-                    asks = References.turned(rotation, queries, at, seen, torch.full_like(seen, asked.PLACES + 1), policy.block_size)
+                    queries = query_states.gather(
+                        2, chosen.clamp_min(0)[:, None, :, None].expand(-1, query_states.shape[1], -1, d)
+                    )
+                    asks = References.turned(
+                        rotation, queries, at, seen, torch.full_like(seen, asked.PLACES + 1), policy.block_size
+                    )
                 sees = present.unsqueeze(2).expand(b, g, asks.query_states.shape[2], T)
                 _, sparse, _ = weigh(asks.query_states, seen.unsqueeze(-1) + asks.later, sees, evicted)
                 judged = sparse / (sparse.sum(-1, keepdim=True) + sink_mass)

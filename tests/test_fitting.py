@@ -1,0 +1,271 @@
+"""Choosing and fitting: reference queries, head budgets, biases and values, and the formats of slots."""
+
+import pytest
+import tiny
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import SEEDS
+from transformers import DynamicCache
+
+from less_cache import H2O, AttentionMatching, LESSCache, LESSError, SinkRecent
+from less_cache.fitting import References, Seen, allot, ask, fit
+from less_cache.fitting.fit import MOST_BIAS
+from less_cache.memory import LayerCentroids
+from less_cache.ops.attention import attention_logits, group_heads, sparse_softmax
+from less_cache.ops.call import AttentionCall
+from less_cache.slots import FORMATS, Columns, format_of
+
+MODEL = tiny.tiny_llama()
+TEXT = torch.randint(2, tiny.VOCAB, (2, 90), generator=torch.Generator().manual_seed(0))
+
+
+# Biases and values
+
+
+def asked(b: int, g: int, s: int, k: int, c: int, seed: int, **attention):
+    """Columns of `c` random tokens, `k` references that see them all, and the call they belong to."""
+    query, key, value = tiny.random_states(b, g * s, g, max(k, c), 4, seed=seed)
+    columns = Columns(key[:, :, :c], value[:, :, :c], torch.arange(c, dtype=torch.int32).expand(b, g, c))
+    references = References(query[:, :, :k], torch.ones(b, k, dtype=torch.bool), torch.zeros(b, k))
+    call = AttentionCall(query, key, value, None, None, 0.5, attention.get("softcap"), attention.get("sinks"))
+    _, seen = ask(references, columns, AttentionMatching(2), call)
+    return columns, seen, call
+
+
+def first(columns: Columns, t: int) -> Columns:
+    """The first `t` columns alone."""
+    return Columns(columns.keys[:, :, :t], columns.values[:, :, :t], columns.positions[..., :t])
+
+
+def attention(columns: Columns, seen: Seen, call: AttentionCall, bias=None, values=None) -> torch.Tensor:
+    """Output `[b, g, s, k, w]` of the references' attention to the columns."""
+    logits = attention_logits(seen.references.query_states, columns.keys, None, call.scaling, call.softcap, bias)
+    weights, _ = sparse_softmax(logits, call.sinks)
+    return weights @ (columns.values if values is None else values).unsqueeze(2)
+
+
+shapes = st.tuples(st.integers(1, 2), st.integers(1, 2), st.integers(1, 3), st.integers(1, 12), st.integers(1, 12))
+
+
+@given(shapes, st.integers(1, 12), SEEDS, st.sampled_from([None, 3.0]), st.booleans())
+def test_a_fit_is_never_worse_than_none_for_its_own_references(shape, t, seed, softcap, with_sinks):
+    b, g, s, k, c = shape
+    sinks = torch.linspace(-1, 2, g * s) if with_sinks else None
+    columns, seen, call = asked(b, g, s, k, c, seed, softcap=softcap, sinks=sinks)
+    kept = first(columns, min(t, c))
+    bias, values, change = fit(seen, kept, call)
+    assert change is None
+    assert bias.isfinite().all() and values.isfinite().all()
+    assert bias.abs().max() <= MOST_BIAS + 1e-4
+    before = (attention(kept, seen, call) - seen.output).square().sum((2, 3, 4))
+    after = (attention(kept, seen, call, bias, values) - seen.output).square().sum((2, 3, 4))
+    assert (after <= before * (1 + 1e-4) + 1e-6).all()
+
+
+@given(SEEDS, st.integers(1, 3))
+def test_many_tokens_give_few_references_what_they_saw(seed, k):
+    """More unknowns than equations: little is left of the error."""
+    columns, seen, call = asked(1, 2, 1, k, 40, seed)
+    kept = first(columns, 20)
+    bias, values, _ = fit(seen, kept, call)
+    before = (attention(kept, seen, call) - seen.output).square().sum()
+    after = (attention(kept, seen, call, bias, values) - seen.output).square().sum()
+    assert after <= 0.3 * before + 1e-6
+
+
+@pytest.mark.parametrize("t, k", [(3, 20), (20, 3)], ids=["more queries", "more tokens"])
+def test_both_systems_give_the_ridge_regression(t, k):
+    """Values are those of an ordinary least-squares solver on the stacked system, whichever of the two was solved."""
+    columns, seen, call = asked(1, 1, 2, k, 30, seed=3)
+    kept = first(columns, t)
+    bias, values, _ = fit(seen, kept, call)
+    logits = attention_logits(seen.references.query_states, kept.keys, None, call.scaling, None, bias)
+    weights = logits.softmax(-1).flatten(2, 3)[0, 0].double()  # [n, t]
+    missing = seen.output.flatten(2, 3)[0, 0].double() - weights @ kept.values[0, 0].double()
+    ridge = (1e-3 * weights.shape[0] / t) ** 0.5 * torch.eye(t, dtype=torch.float64)
+    expected = torch.linalg.lstsq(
+        torch.cat([weights, ridge]), torch.cat([missing, missing.new_zeros(t, missing.shape[1])])
+    ).solution
+    torch.testing.assert_close((values - kept.values)[0, 0].double(), expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-20, 1e4, 1e18])
+@pytest.mark.parametrize("t", [1, 5])
+def test_a_fit_of_anything_is_finite(scale, t):
+    """Equal keys, one token, logits beyond all bounds."""
+    query, key, value = tiny.random_states(1, 2, 1, 8, 4)
+    columns = Columns(key * 0 + scale, value, torch.arange(8, dtype=torch.int32).expand(1, 1, 8))
+    references = References(query * scale, torch.ones(1, 8, dtype=torch.bool), torch.zeros(1, 8))
+    call = AttentionCall(query, key, value, None, None, 0.5, None, None)
+    _, seen = ask(references, columns, AttentionMatching(2), call)
+    bias, values, _ = fit(seen, first(columns, t), call)
+    assert bias.isfinite().all() and values.isfinite().all()
+
+
+def test_the_state_takes_part_in_the_fit():
+    """With virtual tokens for what is not kept, a fit changes their values too, and gives the references what they saw."""
+    columns, seen, call = asked(1, 2, 2, 20, 30, seed=5)
+    kept, memory = first(columns, 6), LayerCentroids(3)
+    state = memory.empty_state(1, 2, 4, columns.keys.device)
+    leaves = torch.arange(30).ge(6).expand(1, 2, 30)
+    memory.fold_in(state, columns.keys, columns.values, leaves, columns.positions, torch.full((1, 1, 1), 30))
+
+    def error(bias, values) -> torch.Tensor:
+        virtual = memory.virtual_tokens(state, seen.references.query_states, call.scaling)
+        logits = attention_logits(seen.references.query_states, kept.keys, None, call.scaling, None, bias)
+        weights = torch.cat([logits, virtual[0]], dim=-1).softmax(-1)
+        return (weights @ torch.cat([values, virtual[1]], dim=2).unsqueeze(2) - seen.output).square().sum()
+
+    before = error(None, kept.values)
+    bias, values, change = fit(seen, kept, call, memory.virtual_tokens(state, seen.references.query_states, call.scaling))
+    half = error(bias, values)
+    memory.change_values(state, change)
+    assert error(bias, values) < 0.5 * before and error(bias, values) < half
+
+
+# Head budgets
+
+
+@st.composite
+def scored(draw):
+    """Scores of some layers, what is protected, and a mean budget for each row."""
+    b, g, c, layers = (draw(st.integers(1, n)) for n in (2, 3, 12, 3))
+    generator = torch.Generator().manual_seed(draw(SEEDS))
+    scores = [torch.rand(b, g, c, generator=generator).pow(4) for _ in range(layers)]
+    protected = [(torch.arange(c) >= c - 1).expand(b, g, c) for _ in range(layers)]
+    return scores, protected, torch.tensor([draw(st.integers(1, c)) for _ in range(b)])
+
+
+@given(scored())
+def test_budgets_add_up_and_every_head_has_its_floor(case):
+    scores, protected, means = case
+    budgets = torch.cat(allot(scores, protected, means), dim=1)  # [b, L·g]
+    assert torch.equal(budgets.sum(-1), means * budgets.shape[1])
+    assert (budgets >= 1).all() and (budgets <= scores[0].shape[-1]).all()
+    assert (budgets >= (0.3 * means).round().unsqueeze(-1)).all()
+
+
+@given(scored(), SEEDS)
+def test_permuting_heads_permutes_budgets_and_rows_are_their_own(case, seed):
+    scores, protected, means = case
+    order = torch.randperm(scores[0].shape[1], generator=torch.Generator().manual_seed(seed))
+    budgets = allot(scores, protected, means)
+    for permuted, budget in zip(allot([each[:, order] for each in scores], protected, means), budgets, strict=True):
+        assert torch.equal(permuted, budget[:, order])
+    for row in range(len(means)):
+        one = slice(row, row + 1)
+        alone = allot([each[one] for each in scores], [each[one] for each in protected], means[one])
+        assert all(torch.equal(each, budget[one]) for each, budget in zip(alone, budgets, strict=True))
+
+
+def test_heads_that_are_asked_for_more_get_more():
+    few, many = torch.tensor([[[1.0] + [0.0] * 9]]), torch.tensor([[[0.5] * 10]])
+    nothing = torch.zeros(1, 1, 10, dtype=torch.bool)
+    first_budget, second_budget = allot([few, many], [nothing, nothing], torch.tensor([5]))
+    assert second_budget.item() == 8 and first_budget.item() == 2
+
+
+# Formats
+
+
+@pytest.mark.parametrize("name", ["int8", "int4"])
+@given(st.sampled_from([2, 6, 8, 36, 64, 80, 96, 128]), SEEDS, st.sampled_from([1e-3, 1.0, 1e2]))
+def test_codes_are_within_half_a_step(name, d, seed, size):
+    states = tiny.random_states(1, 2, 2, 5, d, seed=seed)[1] * size
+    stored = format_of(name).encode(states)
+    assert stored["codes"].shape[-1] == (d if name == "int8" else d // 2) and stored["codes"].dtype == torch.uint8
+    decoded = format_of(name).decode(stored, states.dtype)
+    step = stored["scales"].float()[..., ::2].amax(-1, keepdim=True)
+    # The rotation keeps lengths: each of d numbers is off by half a step at most, but scale and zero are rounded to 16 bits.
+    bound = d**0.5 * (step * 0.65 + stored["scales"].float()[..., 1::2].abs().amax(-1, keepdim=True) * 2**-10 + 2**-22)
+    assert ((decoded - states).norm(dim=-1, keepdim=True) <= bound).all()
+
+
+@pytest.mark.parametrize("name", list(FORMATS))
+@given(st.sampled_from([8, 36, 64, 96]), SEEDS)
+def test_storing_again_what_was_stored_changes_nothing(name, d, seed):
+    """Tokens are read and written at every choice; they must not wear out."""
+    given = format_of(name)
+    once = given.encode(tiny.random_states(1, 2, 2, 5, d, seed=seed)[1])
+    again = given.encode(given.decode(once, torch.float32))
+    for part in once:
+        assert torch.equal(once[part], again[part])
+
+
+def test_an_odd_head_cannot_be_packed():
+    with pytest.raises(LESSError, match="even head dim"):
+        format_of("int4").encode(torch.randn(1, 1, 1, 7))
+
+
+# The cache
+
+
+def budgets(cache: LESSCache) -> torch.Tensor:
+    """Tokens in the slots of every head, `[b, L·g]`."""
+    return torch.cat([(layer.held.slots.columns().positions >= 0).sum(-1) for layer in cache.layers], dim=1)
+
+
+@pytest.mark.parametrize("slots", list(FORMATS))
+@pytest.mark.parametrize("policy", [AttentionMatching(12, every=4), H2O(6, 6)], ids=["attention matching", "h2o"])
+@torch.no_grad()
+def test_adaptive_heads_share_the_budget_of_all_layers(policy, slots):
+    cache = LESSCache(MODEL, policy, heads="adaptive", slots=slots, fit=True)
+    MODEL(TEXT[:, :60], past_key_values=cache)
+    after_prompt = budgets(cache)
+    assert torch.equal(after_prompt.sum(-1), torch.full((2,), 12 * after_prompt.shape[1]))
+    assert after_prompt.unique().numel() > 1
+    for token in range(60, 90):
+        MODEL(TEXT[:, token : token + 1], past_key_values=cache)
+    assert torch.equal(budgets(cache), after_prompt)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@torch.no_grad()
+def test_below_the_budget_the_logits_are_a_dynamic_caches_to_the_bit(implementation):
+    model = tiny.tiny_llama(implementation)
+    cache, full = LESSCache(model, AttentionMatching(200, every=7), heads="adaptive", fit=True), DynamicCache(config=model.config)
+    for start, stop in [(0, 50), *((token, token + 1) for token in range(50, 90))]:
+        block = TEXT[:, start:stop]
+        assert torch.equal(model(block, past_key_values=cache).logits, model(block, past_key_values=full).logits)
+
+
+@torch.no_grad()
+def test_blocks_of_tokens_count_as_the_steps_they_stand_for():
+    """Between two choices it does not matter how tokens come."""
+    caches = [LESSCache(MODEL, AttentionMatching(12, every=8), heads="adaptive", fit=True) for _ in range(2)]
+    for cache in caches:
+        MODEL(TEXT[:, :40], past_key_values=cache)
+    steps = [MODEL(TEXT[:, token : token + 1], past_key_values=caches[0]).logits for token in range(40, 88)]
+    blocks = [MODEL(TEXT[:, start : start + size], past_key_values=caches[1]).logits for start, size in block_sizes(40, 88)]
+    torch.testing.assert_close(torch.cat(steps, 1), torch.cat(blocks, 1), rtol=1e-3, atol=1e-3)
+    assert torch.equal(budgets(caches[0]), budgets(caches[1]))
+
+
+def block_sizes(start: int, stop: int) -> list[tuple[int, int]]:
+    """A token, then blocks that end with a choice: after 8 tokens each."""
+    sizes = [(start, 1), (start + 1, 3), (start + 4, 4)]
+    return sizes + [(token, 8) for token in range(start + 8, stop, 8)]
+
+
+@pytest.mark.parametrize("slots", ["int8", "int4"])
+@torch.no_grad()
+def test_quantised_slots_are_near_float_ones(slots):
+    def logits(slots: str) -> torch.Tensor:
+        cache = LESSCache(MODEL, AttentionMatching(80, every=8), slots=slots)
+        return torch.cat([MODEL(TEXT[:, a:b], past_key_values=cache).logits for a, b in [(0, 60), (60, 61), (61, 90)]], 1)
+
+    off = (logits(slots) - logits("float")).abs().mean().item()
+    assert 0 < off < {"int8": 0.05, "int4": 0.6}[slots]
+
+
+@torch.no_grad()
+def test_quantised_slots_take_the_bytes_that_they_say():
+    model, sizes = tiny.tiny_llama(hidden_size=256), {}
+    for slots in FORMATS:
+        cache = LESSCache(model, AttentionMatching(40, every=1), slots=slots)
+        model(TEXT[:, :60], past_key_values=cache)
+        sizes[slots] = sum(layer.held.slots.stored[name].nbytes for layer in cache.layers for name in layer.setup.format.names())
+    d = 64
+    assert sizes["int8"] / sizes["float"] == (d + 8) / (4 * d)
+    assert sizes["int4"] / sizes["float"] == (d / 2 + 8) / (4 * d)
