@@ -5,6 +5,7 @@ import os
 import sys
 import warnings
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from less_cache.cache.static import StaticLESSLayer
 from less_cache.errors import LESSError
 from less_cache.files.paths import expanded
 from less_cache.integration import hook
-from less_cache.integration.families import check_supported, full_attention_layers, warn_untested
+from less_cache.integration.families import PREFIX_TUNING, check_supported, full_attention_layers, warn_untested
 from less_cache.kernels.check import check_kernels
 from less_cache.kernels.kernels import LESSKernels
 from less_cache.policies import H2O, USUAL_BUDGET, EvictionPolicy, policy_class, policy_from_dict
@@ -268,6 +269,18 @@ class LESSCache(Cache):
                 layer.is_initialized = False  # older versions of transformers keep keys of the length that they had
         self._forward.reset()
         self._interrupted = False
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor | None, ...]]:
+        """Keys, values and window of each layer, as a `DynamicCache` gives them: under LESS those of the kept tokens, without
+        the state of the others, `[b, g, c, d]`, and None for the window.
+        """
+        for layer in self.layers:
+            yield getattr(layer, "keys", None), getattr(layer, "values", None), getattr(layer, "_sliding_window_tensor", None)
+
+    @property
+    def max_cache_len(self) -> int:
+        """What PEFT asks for under prefix tuning, to put a cache of its own in this one's place. Raises `LESSError`."""
+        raise LESSError(f"LESSCache cannot work with prefix tuning: {PREFIX_TUNING}. Call generate without past_key_values.")
 
     def _check_positions(self, seen: int) -> None:
         """Warn once where the text gets longer than what the model was trained on: the cache has no end, the model has."""

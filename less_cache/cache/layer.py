@@ -143,7 +143,7 @@ class LESSLayer(HoldingLayer):
         """Bytes held only for `crop`; 0 right after one."""
         return 0 if self._recording is None else self._recording.nbytes
 
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
+    def batch_select_indices(self, indices: torch.Tensor | Sequence[int]) -> None:
         self._recording = None
         super().batch_select_indices(indices)
 
@@ -235,7 +235,7 @@ class LESSLayer(HoldingLayer):
             guards.check_seen_columns(self.layer_idx, rows, attention_mask, n, int(self.cumulative_length))
         if self.checks(n) and not self.is_empty:
             seen = rows.seen if self.hidden is None else self.hidden.seen
-            guards.check_continuation(self.layer_idx, seen, real, position_ids, self.cumulative_length)
+            guards.check_continuation(self.layer_idx, rows, seen, real, position_ids, int(self.cumulative_length))
         return AttentionCall.of(states, attention_mask, real, scaling, kwargs), again
 
     def _forget(self, hidden: Hidden) -> None:
