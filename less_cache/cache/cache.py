@@ -36,8 +36,8 @@ class LESSCache(Cache):
     ordinary full attention, then one selection; `prefill_chunk_size` bounds its memory as well. One cache serves one
     batch of conversations; `reset()` makes it ready for others.
 
-    Differs from a `DynamicCache`: no attention weights are returned under `output_attentions`, no gradients flow, and
-    a model in training mode is refused.
+    Differs from a `DynamicCache`: no attention weights are returned under `output_attentions`, only the first block of a text
+    carries gradients (asking for later ones is an error), and a model in training mode is refused.
 
     Args:
         model: The model, or its config. With the model, the kernels' base model is checked too.

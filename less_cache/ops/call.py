@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from less_cache.ops.masks import additive_to_bool
+
 
 @dataclasses.dataclass(frozen=True)
 class AttentionCall:
@@ -54,6 +56,22 @@ class AttentionCall:
     @property
     def num_tokens(self) -> int:
         return self.query_states.shape[2]
+
+    def alone(self) -> "AttentionCall":
+        """The same in memory of its own: a part is a view of all that came with it."""
+        copied = ("query_states", "key_states", "value_states", "attention_mask", "real")
+        tensors = {name: getattr(self, name) for name in copied}
+        return dataclasses.replace(self, **{name: tensor.clone() for name, tensor in tensors.items() if tensor is not None})
+
+    def can_part(self, at: int) -> bool:
+        """Whether the tokens from `at` on see all real ones before, so that these may be taken in first."""
+        if self.attention_mask is None or self.attention_mask.dim() == 2:
+            return True
+        visible = self.attention_mask[:, 0, -self.num_tokens :, -self.num_tokens :][:, at:, :at]  # [b, n - at, at]
+        visible = visible if visible.dtype == torch.bool else additive_to_bool(visible)
+        if self.real is not None:
+            visible = visible | ~self.real[:, None, :at] | ~self.real[:, at:, None]
+        return bool(visible.all())
 
     def part(self, start: int, stop: int) -> "AttentionCall":
         """The tokens from `start` to `stop`, as if they had come alone."""
