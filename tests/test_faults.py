@@ -484,3 +484,50 @@ def test_a_users_folder_that_is_not_there_is_no_path(tmp_path, monkeypatch):
     torch.save({"other": torch.zeros(1)}, tmp_path / "layer.pt")
     with pytest.raises(LESSError, match="kernel_q_mat1"):
         LESSKernels.from_official(["~/layer.pt"])
+
+
+# What the fuzz found (tests/test_fuzz.py)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_another_batch_with_a_mask_is_refused_with_the_usual_error(rows):
+    model = tiny_llama()
+    cache, expected = used_cache(model), read(model, used_cache(model), NEXT)
+    with pytest.raises(LESSError, match=f"expected a batch of 2, as in the turns before, got {rows}"):
+        read(model, cache, NEXT[[0] * rows], attention_mask=torch.ones(rows, 26, dtype=torch.long))
+    assert torch.equal(read(model, cache, NEXT), expected)
+
+
+@pytest.mark.parametrize("hides", [False, True])
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_recorded_block_longer_than_what_was_seen_is_no_conversation_passed_again(padded, hides):
+    """Where it begins with padding in a row, or its mask hides seen tokens."""
+    model = tiny_llama()
+    mask = torch.ones(2, 26, dtype=torch.long)
+    mask[1, 6 : 6 + 3 * padded] = 0
+    mask[1, 2 : 2 + 2 * hides] = 0
+    tokens, outputs = torch.cat([NEXT, PROMPT], dim=1), []
+    for cache in (DynamicCache(config=model.config), LESSCache(model, LARGE)):
+        read(model, cache, tokens[:, :6])
+        cache.activate_past_recording()
+        outputs.append(read(model, cache, tokens[:, 6:], attention_mask=mask, position_ids=positions_of(mask)[:, 6:]))
+    full, ours = (output[mask[:, 6:].bool()] for output in outputs)
+    torch.testing.assert_close(ours, full, rtol=1e-4, atol=1e-4)
+
+
+def test_packed_documents_in_a_recorded_block_are_refused():
+    """They would be read one by one, each seeing those before it; a first block is what its mask says."""
+    model = tiny_llama()
+    mask = torch.block_diag(torch.ones(3, 3), torch.ones(3, 3)).bool().tril().expand(2, 1, 6, 6)
+    cache, full = LESSCache(model, LARGE), DynamicCache(config=model.config)
+    for each in (cache, full):
+        each.activate_past_recording()
+    torch.testing.assert_close(
+        read(model, cache, NEXT, attention_mask=mask), read(model, full, NEXT, attention_mask=mask), rtol=1e-4, atol=1e-4
+    )
+    with pytest.raises(LESSError, match="expected a causal mask while tokens are recorded for crop"):
+        read(model, cache, PROMPT[:, :6], attention_mask=mask)
+    causal = torch.ones(6, 12, dtype=torch.bool).tril(6).expand(2, 1, 6, 12)
+    torch.testing.assert_close(
+        read(model, cache, NEXT, attention_mask=causal), read(model, full, NEXT, attention_mask=causal), rtol=1e-4, atol=1e-4
+    )

@@ -217,8 +217,9 @@ class LESSCache(Cache):
         visible, self.seen_mask = self.seen_mask, None
         less_layers = [layer for layer in self.layers if isinstance(layer, LESSLayer)]
         hidden = None
-        if visible is not None and not less_layers[0].is_empty:
-            hidden = less_layers[0].held.rows.hidden_by(visible)
+        rows = None if less_layers[0].is_empty else less_layers[0].held.rows
+        if visible is not None and rows is not None and len(visible) in (1, len(rows.seen)):  # another batch is refused later
+            hidden = rows.hidden_by(visible)
         for layer in less_layers:
             layer.hidden = hidden  # dropped with the forward's tokens, once these are accepted
 

@@ -35,10 +35,12 @@ def carrying(original: Callable) -> Callable:
     return attention
 
 
-def of_first_block(output: torch.Tensor, text: Text) -> torch.Tensor:
-    """The output of a block that nothing precedes: its gradient passes, unless the text went on with gradients."""
+def of_first_block(output: torch.Tensor, models_own: torch.Tensor, text: Text) -> torch.Tensor:
+    """The output of a block that nothing precedes: its gradient goes to the model's own output, which is the same but for
+    rounding, unless the text went on with gradients.
+    """
     text.carries = True
-    return _FirstBlock.apply(output, text)
+    return _FirstBlock.apply(output.detach(), models_own, text)
 
 
 def of_later_block(output: torch.Tensor, states: Sequence[torch.Tensor], text: Text) -> torch.Tensor:
@@ -49,7 +51,7 @@ def of_later_block(output: torch.Tensor, states: Sequence[torch.Tensor], text: T
 
 class _FirstBlock(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, output: torch.Tensor, text: Text) -> torch.Tensor:
+    def forward(ctx: Any, output: torch.Tensor, models_own: torch.Tensor, text: Text) -> torch.Tensor:
         ctx.text = text
         return output.view_as(output)
 
@@ -60,7 +62,7 @@ class _FirstBlock(torch.autograd.Function):
                 "A LESSCache carries the gradients of a text's first block alone, and this text went on. Call backward before "
                 "it does, let it go on under torch.no_grad(), or use a DynamicCache."
             )
-        return gradient, None
+        return None, gradient, None
 
 
 class _LaterBlock(torch.autograd.Function):

@@ -120,11 +120,21 @@ def check_seen_columns(layer_idx: int, rows: Rows, attention_mask: torch.Tensor,
         )
 
 
-def seen_again(layer_idx: int, rows: Rows, position_ids: torch.Tensor | None, n: int, seen: int) -> int:
-    """How many of `n` new tokens are the `seen` of before: assisted decoding starts with the whole conversation, unsliced."""
+def seen_again(
+    layer_idx: int,
+    tokens: torch.Tensor,
+    real: torch.Tensor | None,
+    position_ids: torch.Tensor | None,
+    n: int,
+    seen: int,
+) -> int:
+    """How many of `n` new tokens are the `seen` of before: assisted decoding starts with the whole conversation, unsliced.
+
+    `tokens`: real ones that each row has seen, `[b]`.
+    """
     if position_ids is None or not n > seen > 0:
         return 0
-    if bool((position_ids[:, 0] >= rows.seen).all()):
+    if bool((_first_positions(position_ids, real, len(tokens)) >= tokens).all()):
         return 0
     if position_ids.shape != (1, n) or not torch.equal(position_ids[0], torch.arange(n, device=position_ids.device)):
         raise LESSError(

@@ -195,10 +195,13 @@ class LESSLayer(HoldingLayer):
             return self._attend(original, module, states, attention_mask, dropout, scaling, kwargs), None
         is_first = self.is_empty
         carrying = gradients.carrying(original)
-        output = self._attend(carrying, module, states, attention_mask, dropout, scaling, kwargs, carries=True)
-        if is_first:
-            return gradients.of_first_block(output, self._text), None
-        return gradients.of_later_block(output, states, self._text), None
+        output = self._attend(carrying, module, states, attention_mask, dropout, scaling, kwargs)
+        if not is_first:
+            return gradients.of_later_block(output, states, self._text), None
+        models_own = output
+        if not output.requires_grad:  # the weights that the policy asked for gave it
+            models_own, _ = original(module, *states, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+        return gradients.of_first_block(output, models_own, self._text), None
 
     @torch.inference_mode(False)  # a cache filled under inference mode may go on outside of it
     @torch.no_grad()
@@ -211,12 +214,11 @@ class LESSLayer(HoldingLayer):
         dropout: float,
         scaling: float | None,
         kwargs: dict[str, Any],
-        carries: bool = False,
     ) -> torch.Tensor:
-        """What `attend` gives, without gradients; where it `carries` any, `original` gives the first block's."""
+        """What `attend` gives, without gradients, unless `original` gives it."""
         call, again = self._accept(module, states, attention_mask, dropout, scaling, kwargs)
         output, unrecorded = None, self._unrecorded(call)
-        if self.is_empty and (carries or unrecorded or not attends_prompt(self.setup.policy, call)):
+        if self.is_empty and (unrecorded or not attends_prompt(self.setup.policy, call)):
             output, _ = original(module, *states, attention_mask, dropout=dropout, scaling=call.scaling, **kwargs)
         self._open = True
         if self.hidden is not None:
@@ -252,17 +254,24 @@ class LESSLayer(HoldingLayer):
         if self.checks(states[0].shape[2]):
             self._check_reader(module)
         rows, n, position_ids = self._held.rows, states[0].shape[2], kwargs.get("position_ids")
-        again = 0
-        if self.record_past and (again := guards.seen_again(self.layer_idx, rows, position_ids, n, self.cumulative_length)):
-            states = [each[:, :, again:] for each in states]
-            position_ids, attention_mask, n = position_ids[:, again:], None, n - again
         real = guards.real_tokens(self.layer_idx, attention_mask, len(rows.seen), n)
+        seen, again = rows.seen if self.hidden is None else self.hidden.seen, 0
+        if self.record_past:
+            again = guards.seen_again(self.layer_idx, seen, real, position_ids, n, self.cumulative_length)
+        if again:
+            states = [each[:, :, again:] for each in states]
+            position_ids, attention_mask, real, n = position_ids[:, again:], None, None, n - again
         if self.checks(n) and attention_mask is not None:
             guards.check_seen_columns(self.layer_idx, rows, attention_mask, n, int(self.cumulative_length))
         if self.checks(n) and not self.is_empty:
-            seen = rows.seen if self.hidden is None else self.hidden.seen
             guards.check_continuation(self.layer_idx, rows, seen, real, position_ids, int(self.cumulative_length))
-        return AttentionCall.of(states, attention_mask, real, scaling, kwargs), again
+        call = AttentionCall.of(states, attention_mask, real, scaling, kwargs)
+        if self.record_past and self.checks(n) and not self.is_empty and not call.is_causal:
+            raise LESSError(
+                f"Layer {self.layer_idx}: expected a causal mask while tokens are recorded for crop: they are taken in one by "
+                "one. Pass such a mask before activate_past_recording(), or use a DynamicCache."
+            )
+        return call, again
 
     def _forget(self, hidden: Hidden) -> None:
         """Drop seen tokens that the forward's mask hides."""
