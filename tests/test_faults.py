@@ -515,6 +515,21 @@ def test_a_recorded_block_longer_than_what_was_seen_is_no_conversation_passed_ag
     torch.testing.assert_close(ours, full, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("how", ["fork", "static fork", "crop"])
+def test_another_model_is_refused_after(how):
+    model = tiny_llama()
+    cache = LESSCache(model, LARGE, static=how == "static fork")
+    if how == "crop":
+        cache.activate_past_recording()
+    read(model, cache, PROMPT)
+    if how == "crop":
+        cache.crop(-2)
+    else:
+        cache = cache.fork()
+    with pytest.raises(LESSError, match="belongs to another model"):
+        read(tiny_llama(seed=1), cache, NEXT)
+
+
 def test_packed_documents_in_a_recorded_block_are_refused():
     """They would be read one by one, each seeing those before it; a first block is what its mask says."""
     model = tiny_llama()

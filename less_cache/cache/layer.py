@@ -80,6 +80,7 @@ class LESSLayer(HoldingLayer):
     def fork(self) -> "LESSLayer":
         """A copy that goes its own way: tensors are copied, kernels and policy shared. It records nothing yet."""
         other = copy.copy(self)
+        other.owner = self.owner
         other._recording = None
         other.map(torch.clone)
         return other
