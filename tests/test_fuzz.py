@@ -164,8 +164,6 @@ class Life(RuleBasedStateMachine):
         if padded:
             starts = torch.randint(0, n, (self.b, 1), generator=generator)
             starts[0] = 0
-            if not self.mask.any() and seed % 2:
-                starts[:] = n  # a chunk of a prompt that is all padding
             new = torch.arange(n) >= starts
         for _ in range(hides):
             row, column = (int(torch.randint(0, size, (), generator=generator)) for size in (self.b, max(mask.shape[1], 1)))
@@ -187,6 +185,16 @@ class Life(RuleBasedStateMachine):
             return
         parts = self.parts(block)
         self.check(read(self.cache, block), parts, block)
+
+    @precondition(lambda self: not self.mask.any() and self.has_room())
+    @rule(n=LENGTHS, seed=SEEDS)
+    def two_chunks_of_padding(self, n, seed):
+        """As a prompt begins that is padded to more than a chunk."""
+        for _ in range(2):
+            block = self.block(n, seed)
+            block.mask[:, -n:] = False
+            parts = self.parts(block)
+            self.check(read(self.cache, block), parts, block)
 
     @precondition(has_room)
     @rule(n=st.integers(1, 5), seed=SEEDS)
