@@ -10,7 +10,8 @@ CHAPTER = Path(less_cache.__file__).parent / "data" / "pride-and-prejudice-chapt
 
 model, tokenizer = models.load("HuggingFaceTB/SmolLM2-135M-Instruct")
 kernels = LESSKernels.from_pretrained(KERNELS)
-longest = max(kernels.config.training["prompts"])  # kernels are good for prompts as long as those that they were trained on
+prompts = kernels.config.training.get("prompts") or [1024]
+longest = max(prompts)  # kernels are good for prompts as long as those that they were trained on
 inputs = tokenizer(CHAPTER.read_text(encoding="utf-8"), return_tensors="pt", truncation=True, max_length=longest)
 policy = H2O(heavy=0.025, recent=0.025)  # fractions of the prompt; whole numbers are tokens
 

@@ -8,6 +8,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from less_cache.errors import LESSError
+from less_cache.files.paths import expanded
 
 DTYPES = ("float32", "bfloat16", "float16")  # that weights may have here
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -71,7 +72,7 @@ def without_weights(model: str, *, dtype: torch.dtype = torch.float32) -> Any:
 
 def locate(model: str) -> tuple[str, str | None]:
     """What `from_pretrained` is given: a folder or a Hub id, and the name of a GGUF file in that folder."""
-    path = Path(model).expanduser()
+    path = expanded(model)
     if path.is_dir():
         return str(path), None
     if path.suffix == ".gguf" or path.is_file():

@@ -8,15 +8,18 @@ import pickle
 import subprocess
 import sys
 
+import numpy as np
 import peft
 import pytest
 import torch
+import zoo
 from tiny import VOCAB, tiny_kernels, tiny_llama
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from less_cache import CORM, H2O, LESSCache, LESSError, LESSKernels, SinkRecent
+from less_cache import CORM, H2O, LESSCache, LESSError, LESSKernels, SinkRecent, models
+from less_cache.cache import LESSLayer
 
 PROMPT, NEXT = (torch.randint(1, VOCAB, (2, n), generator=torch.Generator().manual_seed(n)) for n in (20, 6))
 LARGE = H2O(200, 200)
@@ -372,3 +375,174 @@ def test_a_saved_cache_has_the_mode_that_the_user_wants(umask, mode, tmp_path):
     finally:
         os.umask(before)
     assert (tmp_path / "cache").stat().st_mode & 0o777 == mode
+
+
+# What the messages say, and what a DynamicCache can do as well
+
+
+GREEDY = {"max_new_tokens": 4, "do_sample": False}
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # peft asks transformers for an old name
+@pytest.mark.parametrize("make_for", ["the adapted model", "the base model"])
+def test_prefix_tuning_says_that_it_has_a_cache_of_its_own(make_for):
+    model = tiny_llama()
+    adapted = peft.get_peft_model(model, peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)).eval()
+    with pytest.raises(LESSError, match="cannot work with prefix tuning: PEFT starts from a DynamicCache"):
+        cache = LESSCache(adapted if make_for == "the adapted model" else model, LARGE)
+        adapted.generate(input_ids=PROMPT, past_key_values=cache, **GREEDY)
+
+
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("padded", [False, True])
+def test_the_whole_text_in_every_forward_is_refused(static, padded):
+    model = tiny_llama()
+    mask = torch.ones_like(PROMPT)
+    mask[1, : 7 * padded] = 0
+    cache = LESSCache(model, LARGE, static=static)
+    with pytest.raises(LESSError, match=r"the whole text is passed again: generate does so with use_cache=False"):
+        model.generate(PROMPT, attention_mask=mask, past_key_values=cache, use_cache=False, **GREEDY)
+    assert cache.get_seq_length() == 20
+    cache.reset()
+    expected = model.generate(PROMPT, attention_mask=mask, **GREEDY)
+    assert torch.equal(model.generate(PROMPT, attention_mask=mask, past_key_values=cache, **GREEDY), expected)
+
+
+@pytest.mark.parametrize("chunk", [None, 6])
+def test_padding_on_the_right_is_called_by_its_name(chunk):
+    model = tiny_llama()
+    mask = torch.ones_like(PROMPT)
+    mask[1, 12:] = 0
+    cache = LESSCache(model, LARGE)
+    with pytest.raises(LESSError, match=r"a row ends with padding.*Pad prompts on the left"):
+        model.generate(PROMPT, attention_mask=mask, past_key_values=cache, prefill_chunk_size=chunk, **GREEDY)
+    expected = read(model, DynamicCache(config=model.config), torch.cat([PROMPT, NEXT[:, :1]], dim=1))[:1, -1:]
+    ended = torch.nn.functional.pad(mask, (0, 1), value=1)
+    output = read(model, cache, NEXT[:, :1], attention_mask=ended, position_ids=positions_of(ended)[:, -1:])
+    torch.testing.assert_close(output[:1], expected, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("at", [[22], [22, 23], [25]], ids=str)
+def test_a_model_that_writes_its_own_pad_token(static, at):
+    """`generate` takes such tokens for padding when they come back in the next turn."""
+    model = tiny_llama()
+    outputs = []
+    for cache in (DynamicCache(config=model.config), LESSCache(model, LARGE, static=static)):
+        history = model.generate(PROMPT, past_key_values=cache, max_new_tokens=6, do_sample=False)
+        history[1, at] = model.config.pad_token_id
+        outputs.append(model.generate(torch.cat([history, NEXT], dim=1), past_key_values=cache, **GREEDY))
+    assert torch.equal(*outputs)
+
+
+def test_a_cache_is_iterated_as_a_dynamic_cache():
+    model = zoo.build("gemma3_text")
+    full, cache = DynamicCache(config=model.config), LESSCache(model, LARGE)
+    assert len(list(cache)) == len(list(full))
+    for each in (full, cache):
+        read(model, each, PROMPT)
+    for (keys, values, window), expected, layer in zip(cache, full, cache.layers, strict=True):
+        if isinstance(layer, LESSLayer):
+            assert keys is not None and torch.equal(keys, layer.keys) and torch.equal(values, layer.values)
+            assert window is None and expected[2] is None
+        else:
+            assert torch.equal(keys, expected[0]) and torch.equal(values, expected[1]) and torch.equal(window, expected[2])
+
+
+@pytest.mark.parametrize("policy", [LARGE, CORM(3, 4)], ids=lambda policy: policy.name)
+@pytest.mark.parametrize(
+    "indices", [[1], (1, 0, 1), [-1], [False, True], torch.tensor([False, True]), np.array([1]), torch.tensor([1, 1])], ids=str
+)
+def test_rows_are_chosen_by_whatever_names_them(indices, policy):
+    model = tiny_llama()
+    cache = used_cache(model, policy)
+    rows = torch.arange(2)[torch.as_tensor(indices)]
+    expected = read(model, cache.fork(), NEXT)[rows]
+    cache.batch_select_indices(indices)
+    torch.testing.assert_close(read(model, cache, NEXT[rows]), expected, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("indices", [[2], [0, -3], [True]], ids=str)
+def test_rows_that_are_not_there_are_refused(indices):
+    model = tiny_llama()
+    cache = used_cache(model)
+    expected = read(model, cache.fork(), NEXT)
+    with pytest.raises(LESSError, match=r"batch_select_indices: expected rows of a batch of 2, got"):
+        cache.batch_select_indices(indices)
+    assert torch.equal(read(model, cache, NEXT), expected)
+
+
+# Paths of users that are not there
+
+
+def test_a_users_folder_that_is_not_there_is_no_path(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(LESSError, match="which does not exist"):
+        models.locate("~no-such-user/model")
+    with pytest.raises(LESSError, match="no such file"):
+        LESSKernels.from_official(["~no-such-user/layer.pt"])
+    torch.save({"other": torch.zeros(1)}, tmp_path / "layer.pt")
+    with pytest.raises(LESSError, match="kernel_q_mat1"):
+        LESSKernels.from_official(["~/layer.pt"])
+
+
+# What the fuzz found (tests/test_fuzz.py)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_another_batch_with_a_mask_is_refused_with_the_usual_error(rows):
+    model = tiny_llama()
+    cache, expected = used_cache(model), read(model, used_cache(model), NEXT)
+    with pytest.raises(LESSError, match=f"expected a batch of 2, as in the turns before, got {rows}"):
+        read(model, cache, NEXT[[0] * rows], attention_mask=torch.ones(rows, 26, dtype=torch.long))
+    assert torch.equal(read(model, cache, NEXT), expected)
+
+
+@pytest.mark.parametrize("hides", [False, True])
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_recorded_block_longer_than_what_was_seen_is_no_conversation_passed_again(padded, hides):
+    """Where it begins with padding in a row, or its mask hides seen tokens."""
+    model = tiny_llama()
+    mask = torch.ones(2, 26, dtype=torch.long)
+    mask[1, 6 : 6 + 3 * padded] = 0
+    mask[1, 2 : 2 + 2 * hides] = 0
+    tokens, outputs = torch.cat([NEXT, PROMPT], dim=1), []
+    for cache in (DynamicCache(config=model.config), LESSCache(model, LARGE)):
+        read(model, cache, tokens[:, :6])
+        cache.activate_past_recording()
+        outputs.append(read(model, cache, tokens[:, 6:], attention_mask=mask, position_ids=positions_of(mask)[:, 6:]))
+    full, ours = (output[mask[:, 6:].bool()] for output in outputs)
+    torch.testing.assert_close(ours, full, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("how", ["fork", "static fork", "crop"])
+def test_another_model_is_refused_after(how):
+    model = tiny_llama()
+    cache = LESSCache(model, LARGE, static=how == "static fork")
+    if how == "crop":
+        cache.activate_past_recording()
+    read(model, cache, PROMPT)
+    if how == "crop":
+        cache.crop(-2)
+    else:
+        cache = cache.fork()
+    with pytest.raises(LESSError, match="belongs to another model"):
+        read(tiny_llama(seed=1), cache, NEXT)
+
+
+def test_packed_documents_in_a_recorded_block_are_refused():
+    """They would be read one by one, each seeing those before it; a first block is what its mask says."""
+    model = tiny_llama()
+    mask = torch.block_diag(torch.ones(3, 3), torch.ones(3, 3)).bool().tril().expand(2, 1, 6, 6)
+    cache, full = LESSCache(model, LARGE), DynamicCache(config=model.config)
+    for each in (cache, full):
+        each.activate_past_recording()
+    torch.testing.assert_close(
+        read(model, cache, NEXT, attention_mask=mask), read(model, full, NEXT, attention_mask=mask), rtol=1e-4, atol=1e-4
+    )
+    with pytest.raises(LESSError, match="expected a causal mask while tokens are recorded for crop"):
+        read(model, cache, PROMPT[:, :6], attention_mask=mask)
+    causal = torch.ones(6, 12, dtype=torch.bool).tril(6).expand(2, 1, 6, 12)
+    torch.testing.assert_close(
+        read(model, cache, NEXT, attention_mask=causal), read(model, full, NEXT, attention_mask=causal), rtol=1e-4, atol=1e-4
+    )

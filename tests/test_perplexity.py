@@ -8,7 +8,7 @@ import torch
 from test_cli import model, run, text  # noqa: F401
 
 from less_cache import H2O, LESSCache, LESSError
-from less_cache.evaluation import perplexity
+from less_cache.evaluation import command, perplexity
 from less_cache.evaluation.perplexity import with_state_bytes
 
 
@@ -67,3 +67,14 @@ def test_a_report_spares_what_it_has_measured(model, text, tmp_path, monkeypatch
     text.write_text(kept)
     longer = run(*words, "--decoded", 9, "--known", tmp_path / "before.json")
     assert longer.exit_code == 1 and "expected decoded 9, as in this measurement, got 8" in " ".join(longer.output.split())
+
+
+@pytest.mark.parametrize(
+    "row", [{"perplexity": None, "bytes": 1}, {"perplexity": 1.5, "bytes": "1"}, {"perplexity": True, "bytes": 1}]
+)
+def test_a_report_without_its_numbers_is_refused(row, tmp_path):
+    """A perplexity that was no number stands there as null."""
+    report = {"machine": "", "versions": {}, "commit": "", "results": [[{"cache": "full", "policy": None, **row}]]}
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    with pytest.raises(LESSError, match=r"Expected --known to be a report.*full has the perplexity"):
+        command.read(tmp_path / "report.json", {})

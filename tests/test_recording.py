@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import cases
 
-from less_cache import CORM, H2O, POLICIES, LESSError, SinkRecent
+from less_cache import CORM, H2O, POLICIES, LESSCache, LESSError, SinkRecent
 from less_cache.cache.layer import LESSLayer
 
 STEP_POLICIES = [H2O(2, 3), SinkRecent(2, 3), CORM(3, 2)]
@@ -139,3 +139,95 @@ def test_impossible_crops_change_nothing(tokens, message):
     layer.crop(-3)
     tiny.feed(other, *(each[:, :, :8] for each in states), [8])
     assert_equal_layers(layer, other)
+
+
+# A long first block, of which only the end is recorded
+
+
+def storage_of(layer: LESSLayer) -> int:
+    """Bytes that a recording really holds, whatever its tensors show of them."""
+    recording = layer._recording
+    states = [each for call in recording.calls for each in vars(call).values() if isinstance(each, torch.Tensor)]
+    return sum({each.data_ptr(): each.untyped_storage().nbytes() for each in states}.values())
+
+
+@pytest.mark.parametrize("padding", ["none", "left"])
+@pytest.mark.parametrize("rejected", [0, 1, 3, 6, 7])
+@pytest.mark.parametrize("policy", [*STEP_POLICIES, H2O(0.2, 0.2)], ids=repr)
+def test_the_end_of_a_long_first_block_is_a_block_of_its_own(policy, rejected, padding, monkeypatch):
+    monkeypatch.setattr("less_cache.cache.layer.OF_PROMPT", 7)
+    kernels, states = tiny.layer_kernels(4, 2, 4), tiny.random_states(2, 4, 2, 30, 4)
+    real = torch.arange(30) >= torch.tensor([[0], [9]])
+    layer, other = (LESSLayer(policy, kernels, 0) for _ in range(2))
+    layer.activate_past_recording()
+    tiny.feed(layer, *(each[:, :, :24] for each in states), [24], real if padding == "left" else None)
+    with pytest.raises(LESSError, match=r"further than the 7 tokens that are recorded.*of a prompt, the last 7"):
+        layer.crop(-8)
+    layer.crop(-rejected)
+    stay = 24 - rejected
+    blocks = [17, stay - 17] if stay > 17 else [17]
+    tiny.feed(other, *(each[:, :, :stay] for each in states), blocks, real if padding == "left" else None)
+    assert_equal_layers(layer, other)
+    for each in (layer, other):
+        each.record_past = False
+        tiny.feed(each, *(state[:, :, 24:] for state in states), [1] * 6)
+    assert_equal_layers(layer, other)
+
+
+@pytest.mark.parametrize("mask", [False, True])
+@pytest.mark.parametrize("policy", STEP_POLICIES, ids=repr)
+def test_all_of_a_long_first_block_attends_to_all_of_it(policy, mask, monkeypatch):
+    monkeypatch.setattr("less_cache.cache.layer.OF_PROMPT", 7)
+    states, real = tiny.random_states(2, 4, 2, 24, 4), torch.ones(2, 24, dtype=torch.bool) if mask else None
+    layer, other = (LESSLayer(policy, None, 0) for _ in range(2))
+    layer.activate_past_recording()
+    outputs = [tiny.feed(each, *states, [24], real) for each in (layer, other)]
+    torch.testing.assert_close(*outputs)
+    assert layer._recording.num_tokens == 7
+
+
+def test_documents_that_do_not_see_each_other_are_recorded_whole(monkeypatch):
+    """The end of the block would see what is kept of them all."""
+    monkeypatch.setattr("less_cache.cache.layer.OF_PROMPT", 7)
+    states = tiny.random_states(1, 2, 1, 24, 4)
+    mask = torch.block_diag(torch.ones(12, 12), torch.ones(12, 12)).bool().tril()[None, None]
+    layer = LESSLayer(STEP_POLICIES[0], None, 0)
+    layer.activate_past_recording()
+    keys, values = layer.update(*states[1:])
+    layer.attend(tiny.plain_attention, torch.nn.Identity().eval(), states[0], keys, values, mask, scaling=0.5)
+    assert layer._recording.num_tokens == 24
+
+
+@pytest.mark.parametrize("how", ["prompt lookup", "assistant"])
+@pytest.mark.parametrize("length", [400, 3_000])
+def test_a_recorded_prompt_takes_no_more_than_its_end(how, length):
+    """In a model's cache, before the first crop: as much for any prompt."""
+    model = tiny.tiny_llama()
+    cache, held = LESSCache(model, H2O(16, 16), tiny.tiny_kernels(model)), []
+    prompt = torch.randint(1, tiny.VOCAB, (1, length))
+
+    def measured(self, tokens):
+        held.append((self.memory_footprint(), sum(storage_of(layer) for layer in self.layers)))
+        return crop(self, tokens)
+
+    crop = LESSCache.crop
+    options = {"prompt_lookup_num_tokens": 4} if how == "prompt lookup" else {"assistant_model": tiny.tiny_llama(seed=1)}
+    with mock.patch.object(LESSCache, "crop", measured):
+        model.generate(prompt, past_key_values=cache, max_new_tokens=3, do_sample=False, **options)
+    footprint, storage = held[0]
+    token = 2 * 4 * 8 * (4 + 2 + 2)  # queries, keys and values in two layers of float32
+    assert storage <= 128 * token
+    assert footprint.bookkeeping < 128 * token + 2 * cache.memory_footprint().total
+
+
+def test_a_conversation_that_is_passed_again_is_not_recorded_again():
+    """Assisted decoding does so where its cache was filled before."""
+    model = tiny.tiny_llama()
+    cache = LESSCache(model, H2O(16, 16))
+    prompt = torch.randint(1, tiny.VOCAB, (1, 600))
+    with torch.no_grad():
+        model(prompt[:, :-1], past_key_values=cache)
+        cache.activate_past_recording()
+        positions = torch.arange(600)[None]
+        model(prompt, past_key_values=cache, position_ids=positions)
+    assert all(storage_of(layer) <= 4 * 8 * (4 + 2 + 2) for layer in cache.layers)

@@ -5,7 +5,7 @@ import os
 import sys
 import warnings
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from less_cache.cache.static import StaticLESSLayer
 from less_cache.errors import LESSError
 from less_cache.files.paths import expanded
 from less_cache.integration import hook
-from less_cache.integration.families import check_supported, full_attention_layers, warn_untested
+from less_cache.integration.families import PREFIX_TUNING, check_supported, full_attention_layers, warn_untested
 from less_cache.integration.rotation import rotations
 from less_cache.kernels.check import check_kernels
 from less_cache.kernels.kernels import LESSKernels
@@ -38,8 +38,8 @@ class LESSCache(Cache):
     ordinary full attention, then one selection; `prefill_chunk_size` bounds its memory as well. One cache serves one
     batch of conversations; `reset()` makes it ready for others.
 
-    Differs from a `DynamicCache`: no attention weights are returned under `output_attentions`, no gradients flow, and
-    a model in training mode is refused.
+    Differs from a `DynamicCache`: no attention weights are returned under `output_attentions`, only the first block of a text
+    carries gradients (asking for later ones is an error), and a model in training mode is refused.
 
     Args:
         model: The model, or its config. With the model, the kernels' base model is checked too.
@@ -235,8 +235,9 @@ class LESSCache(Cache):
         visible, self.seen_mask = self.seen_mask, None
         less_layers = [layer for layer in self.layers if isinstance(layer, LESSLayer)]
         hidden = None
-        if visible is not None and not less_layers[0].is_empty:
-            hidden = less_layers[0].held.rows.hidden_by(visible)
+        rows = None if less_layers[0].is_empty else less_layers[0].held.rows
+        if visible is not None and rows is not None and len(visible) in (1, len(rows.seen)):  # another batch is refused later
+            hidden = rows.hidden_by(visible)
         for layer in less_layers:
             layer.hidden = hidden  # dropped with the forward's tokens, once these are accepted
 
@@ -287,6 +288,18 @@ class LESSCache(Cache):
                 layer.is_initialized = False  # older versions of transformers keep keys of the length that they had
         self._forward.reset()
         self._interrupted = False
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor | None, ...]]:
+        """Keys, values and window of each layer, as a `DynamicCache` gives them: under LESS those of the kept tokens, without
+        the state of the others, `[b, g, c, d]`, and None for the window.
+        """
+        for layer in self.layers:
+            yield getattr(layer, "keys", None), getattr(layer, "values", None), getattr(layer, "_sliding_window_tensor", None)
+
+    @property
+    def max_cache_len(self) -> int:
+        """What PEFT asks for under prefix tuning, to put a cache of its own in this one's place. Raises `LESSError`."""
+        raise LESSError(f"LESSCache cannot work with prefix tuning: {PREFIX_TUNING}. Call generate without past_key_values.")
 
     def _check_positions(self, seen: int) -> None:
         """Warn once where the text gets longer than what the model was trained on: the cache has no end, the model has."""

@@ -120,11 +120,21 @@ def check_seen_columns(layer_idx: int, rows: Rows, attention_mask: torch.Tensor,
         )
 
 
-def seen_again(layer_idx: int, rows: Rows, position_ids: torch.Tensor | None, n: int, seen: int) -> int:
-    """How many of `n` new tokens are the `seen` of before: assisted decoding starts with the whole conversation, unsliced."""
+def seen_again(
+    layer_idx: int,
+    tokens: torch.Tensor,
+    real: torch.Tensor | None,
+    position_ids: torch.Tensor | None,
+    n: int,
+    seen: int,
+) -> int:
+    """How many of `n` new tokens are the `seen` of before: assisted decoding starts with the whole conversation, unsliced.
+
+    `tokens`: real ones that each row has seen, `[b]`.
+    """
     if position_ids is None or not n > seen > 0:
         return 0
-    if bool((position_ids[:, 0] >= rows.seen).all()):
+    if bool((_first_positions(position_ids, real, len(tokens)) >= tokens).all()):
         return 0
     if position_ids.shape != (1, n) or not torch.equal(position_ids[0], torch.arange(n, device=position_ids.device)):
         raise LESSError(
@@ -135,24 +145,58 @@ def seen_again(layer_idx: int, rows: Rows, position_ids: torch.Tensor | None, n:
 
 
 def check_continuation(
-    layer_idx: int, tokens: torch.Tensor, real: torch.Tensor | None, position_ids: torch.Tensor | None, seen: int
+    layer_idx: int,
+    rows: Rows,
+    tokens: torch.Tensor,
+    real: torch.Tensor | None,
+    position_ids: torch.Tensor | None,
+    seen: int,
 ) -> None:
-    """Raise where `generate` was given a prompt shorter than what was seen: it slices such a prompt silently.
+    """Raise where the new tokens do not come after what was seen, by their positions: `generate` slices a prompt that is
+    shorter silently, counts on from padding on the right, and passes the whole text in every forward with `use_cache=False`.
 
     `tokens`: real ones that each row has seen, `[b]`; `seen`: padding included.
     """
-    too_short = real is not None and not bool(real.any()) and bool((tokens > 0).any())  # a prompt may begin with padding
-    if position_ids is not None and position_ids.dim() == 2:
-        behind = position_ids[:, -1] < tokens
-        too_short = too_short or bool((behind if real is None else behind & real[:, -1]).any())
-    if too_short:
+    shorter = (
+        f"Layer {layer_idx}: the new tokens lie before the {seen} tokens that the cache has seen: the prompt or its "
+        "mask is shorter. Pass the whole conversation with its mask, or call cache.reset()."
+    )
+    if real is not None and not bool(real.any()) and bool((tokens > 0).any()):  # a prompt may begin with padding
+        raise LESSError(shorter)
+    if position_ids is None or position_ids.dim() != 2:
+        return
+    n = position_ids.shape[1]
+    ends_before = position_ids[:, -1] < tokens  # [b]
+    begins_before = ends_before
+    if real is not None:
+        ends_before = begins_before = ends_before & real[:, -1]
+    if n > 1:
+        begins_before = ends_before | (_first_positions(position_ids, real, len(tokens)) < tokens)
+    if not bool(begins_before.any()):
+        return
+    if bool((begins_before & ~rows.real_of(seen)[:, -1]).any()):
         raise LESSError(
-            f"Layer {layer_idx}: the new tokens lie before the {seen} tokens that the cache has seen: the prompt or its "
-            "mask is shorter. Pass the whole conversation with its mask, or call cache.reset()."
+            f"Layer {layer_idx}: the new tokens lie before the {seen} tokens that the cache has seen: a row ends with padding, "
+            "from which its positions go on. Pad prompts on the left (tokenizer.padding_side = 'left') after cache.reset()."
         )
+    if bool(ends_before.any()):
+        raise LESSError(shorter)
+    raise LESSError(
+        f"Layer {layer_idx}: expected the tokens that follow the {seen} that the cache has seen, got {n} that begin before "
+        "their end, as where the whole text is passed again: generate does so with use_cache=False. Leave use_cache as it is, "
+        "or do without the cache; cache.reset() makes it ready for another text."
+    )
 
 
-def check_crop(layer_idx: int, tokens_to_remove: int, recorded: int, reach: int) -> None:
+def _first_positions(position_ids: torch.Tensor, real: torch.Tensor | None, b: int) -> torch.Tensor:
+    """Where each row's first real new token stands, `[b]`; a row without any is at the end of everything."""
+    if real is None:
+        return position_ids[:, 0]
+    first = position_ids.expand(b, -1).gather(1, real.int().argmax(dim=-1, keepdim=True))[:, 0]
+    return first.masked_fill(~real.any(dim=-1), torch.iinfo(first.dtype).max)
+
+
+def check_crop(layer_idx: int, tokens_to_remove: int, recorded: int, reach: int, of_prompt: int) -> None:
     """Raise unless the last `-tokens_to_remove` of the `recorded` tokens can be given back."""
     if tokens_to_remove > 0:
         raise LESSError(f"crop: expected 0 or minus the number of tokens to remove, got {tokens_to_remove}.")
@@ -160,5 +204,5 @@ def check_crop(layer_idx: int, tokens_to_remove: int, recorded: int, reach: int)
         raise LESSError(
             f"Layer {layer_idx}: crop({tokens_to_remove}) goes back further than the {recorded} tokens that are recorded: "
             "older ones are folded in. Call cache.activate_past_recording() before the tokens to crop, and "
-            f"crop before {reach} more have come."
+            f"crop before {reach} more have come; of a prompt, the last {of_prompt} can be given back."
         )

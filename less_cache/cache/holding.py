@@ -3,12 +3,13 @@
 Axes: `b` rows, `g` KV heads, `c` slots, `d` head dim, `w` width of values.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
+from less_cache.errors import LESSError
 from less_cache.slots import Held, Setup
 
 
@@ -103,9 +104,15 @@ class HoldingLayer(CacheLayerMixin):
         self.batch_select_indices(beam_idx)
 
     @torch.inference_mode(False)
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
+    def batch_select_indices(self, indices: torch.Tensor | Sequence[int]) -> None:
+        """Go on with the rows at `indices`: numbers, which may repeat, or one truth value a row."""
         if self._held is not None:
-            self._hold(self._held.select(indices))
+            rows = torch.arange(len(self._held.rows.seen), device=self._held.rows.seen.device)
+            try:
+                chosen = rows[torch.as_tensor(indices, device=rows.device)]
+            except (IndexError, TypeError, ValueError) as error:
+                raise LESSError(f"batch_select_indices: expected rows of a batch of {len(rows)}, got {indices}.") from error
+            self._hold(self._held.select(chosen))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         if self._held is not None:

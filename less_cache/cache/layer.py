@@ -14,10 +14,10 @@ import torch
 
 from less_cache.backends import Draft, choose
 from less_cache.backends.select import attends_prompt, take_block, take_step
-from less_cache.cache import guards
+from less_cache.cache import gradients, guards
 from less_cache.cache.allotment import Allotment
 from less_cache.cache.holding import HoldingLayer
-from less_cache.cache.recording import REACH, Recording
+from less_cache.cache.recording import OF_PROMPT, REACH, Recording
 from less_cache.errors import LESSError
 from less_cache.integration import hook
 from less_cache.memory import LayerMemory
@@ -35,7 +35,8 @@ class LESSLayer(HoldingLayer):
 
     While `record_past` is true, `crop` can give back what came since the last `crop`, and a block that is not the first
     counts as the sequence of steps that its tokens stand for: whichever candidates are accepted, the layer is as if
-    they had been decoded one by one. Recording ends with `reset`, and where `REACH` tokens come without a `crop`.
+    they had been decoded one by one. Of a longer first block the last `OF_PROMPT` tokens can be given back, and are a block
+    of their own. Recording ends with `reset`, and where `REACH` tokens come without a `crop`.
 
     Args:
         leads: Checks what is the same for all layers of a cache, which may wait for the device.
@@ -76,6 +77,7 @@ class LESSLayer(HoldingLayer):
         self.record_past = False
         self._recording: Recording | None = None
         self.hidden: Hidden | None = None  # what the present forward's mask hides of the tokens seen; the cache says it
+        self._text = gradients.Text()
         self._announced = False  # `update` came, attention has not read it yet
         self._open = False  # tokens are being taken in: after an exception nobody knows how far
 
@@ -85,6 +87,7 @@ class LESSLayer(HoldingLayer):
     def fork(self) -> "LESSLayer":
         """A copy that goes its own way: tensors are copied, kernels and policy shared. It records nothing yet."""
         other = copy.copy(self)
+        other.owner = self.owner
         other._recording = None
         other.map(torch.clone)
         return other
@@ -150,7 +153,7 @@ class LESSLayer(HoldingLayer):
         """Bytes held only for `crop`; 0 right after one."""
         return 0 if self._recording is None else self._recording.nbytes
 
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
+    def batch_select_indices(self, indices: torch.Tensor | Sequence[int]) -> None:
         self._recording = None
         super().batch_select_indices(indices)
 
@@ -161,7 +164,7 @@ class LESSLayer(HoldingLayer):
     def check_crop(self, tokens_to_remove: int) -> None:
         """Raise unless `crop` can do it."""
         recorded = self._recording.num_tokens if self._recording is not None else 0
-        guards.check_crop(self.layer_idx, tokens_to_remove, recorded, REACH)
+        guards.check_crop(self.layer_idx, tokens_to_remove, recorded, REACH, OF_PROMPT)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Give back the last `-tokens_to_remove` tokens, state and scores included; 0: they stay, and nothing older goes."""
@@ -173,8 +176,6 @@ class LESSLayer(HoldingLayer):
 
     # What attention asks
 
-    @torch.inference_mode(False)  # a cache filled under inference mode may go on outside of it
-    @torch.no_grad()
     def attend(
         self,
         original: Callable,
@@ -198,21 +199,49 @@ class LESSLayer(HoldingLayer):
             attention_mask: Of the new tokens alone, `[b, 1, n, n]` or `[b, n]`, bool or additive.
         """
         states = query_states, key_states, value_states
+        if not gradients.wanted(states, self._text):
+            return self._attend(original, module, states, attention_mask, dropout, scaling, kwargs), None
+        is_first = self.is_empty
+        carrying = gradients.carrying(original)
+        output = self._attend(carrying, module, states, attention_mask, dropout, scaling, kwargs)
+        if not is_first:
+            return gradients.of_later_block(output, states, self._text), None
+        models_own = output
+        if not output.requires_grad:  # the weights that the policy asked for gave it
+            models_own, _ = original(module, *states, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+        return gradients.of_first_block(output, models_own, self._text), None
+
+    @torch.inference_mode(False)  # a cache filled under inference mode may go on outside of it
+    @torch.no_grad()
+    def _attend(
+        self,
+        original: Callable,
+        module: torch.nn.Module,
+        states: Sequence[torch.Tensor],
+        attention_mask: torch.Tensor | None,
+        dropout: float,
+        scaling: float | None,
+        kwargs: dict[str, Any],
+    ) -> torch.Tensor:
+        """What `attend` gives, without gradients, unless `original` gives it."""
         own = functools.partial(original, module, dropout=dropout, scaling=scaling, **kwargs)
         call, again = self._accept(module, states, attention_mask, dropout, scaling, kwargs, own)
-        output = None
-        if self.is_empty and not attends_prompt(self.setup.policy, call):
+        output, unrecorded = None, self._unrecorded(call)
+        if self.is_empty and (unrecorded or not attends_prompt(self.setup.policy, call)):
             output, _ = original(module, *states, attention_mask, dropout=dropout, scaling=call.scaling, **kwargs)
-        if self.record_past and self._recording is None:
-            self._recording = Recording(self)
         self._open = True
         if self.hidden is not None:
             self._forget(self.hidden)
-        attended = self.take_in(call)
+        if unrecorded:
+            self.take_in(call.part(0, unrecorded))
+            call = call.part(unrecorded, call.num_tokens)
+        if self.record_past and self._recording is None:
+            self._recording = Recording(self, ends_prompt=unrecorded > 0)
+        attended = self.take_in(call, as_block=unrecorded > 0)
         self._record(call)
         self._open = False  # the one place that says so
         output = attended.transpose(1, 2).contiguous() if output is None else output
-        return torch.nn.functional.pad(output, (0, 0, 0, 0, again, 0)) if again else output, None
+        return torch.nn.functional.pad(output, (0, 0, 0, 0, again, 0)) if again else output
 
     def _accept(
         self,
@@ -235,17 +264,24 @@ class LESSLayer(HoldingLayer):
         if self.checks(states[0].shape[2]):
             self._check_reader(module)
         rows, n, position_ids = self._held.rows, states[0].shape[2], kwargs.get("position_ids")
-        again = 0
-        if self.record_past and (again := guards.seen_again(self.layer_idx, rows, position_ids, n, self.cumulative_length)):
-            states = [each[:, :, again:] for each in states]
-            position_ids, attention_mask, n = position_ids[:, again:], None, n - again
         real = guards.real_tokens(self.layer_idx, attention_mask, len(rows.seen), n)
+        seen, again = rows.seen if self.hidden is None else self.hidden.seen, 0
+        if self.record_past:
+            again = guards.seen_again(self.layer_idx, seen, real, position_ids, n, self.cumulative_length)
+        if again:
+            states = [each[:, :, again:] for each in states]
+            position_ids, attention_mask, real, n = position_ids[:, again:], None, None, n - again
         if self.checks(n) and attention_mask is not None:
             guards.check_seen_columns(self.layer_idx, rows, attention_mask, n, int(self.cumulative_length))
         if self.checks(n) and not self.is_empty:
-            seen = rows.seen if self.hidden is None else self.hidden.seen
-            guards.check_continuation(self.layer_idx, seen, real, position_ids, self.cumulative_length)
-        return AttentionCall.of(states, attention_mask, real, scaling, kwargs, own), again
+            guards.check_continuation(self.layer_idx, rows, seen, real, position_ids, int(self.cumulative_length))
+        call = AttentionCall.of(states, attention_mask, real, scaling, kwargs, own)
+        if self.record_past and self.checks(n) and not self.is_empty and not call.is_causal:
+            raise LESSError(
+                f"Layer {self.layer_idx}: expected a causal mask while tokens are recorded for crop: they are taken in one by "
+                "one. Pass such a mask before activate_past_recording(), or use a DynamicCache."
+            )
+        return call, again
 
     def _forget(self, hidden: Hidden) -> None:
         """Drop seen tokens that the forward's mask hides."""
@@ -263,11 +299,19 @@ class LESSLayer(HoldingLayer):
             guards.check_reader(self.layer_idx, module, owner)
         self.owner = weakref.ref(module)
 
-    def take_in(self, call: AttentionCall) -> torch.Tensor | None:
-        """Read the new tokens and take them in: attention output `[b, h, n, d]`, or None where the model's own gives it."""
+    def _unrecorded(self, call: AttentionCall) -> int:
+        """How many tokens at the start of a first block are taken in for good, as `crop` never goes back that far."""
+        before = call.num_tokens - OF_PROMPT
+        return before if self.record_past and self.is_empty and before > 0 and call.can_part(before) else 0
+
+    def take_in(self, call: AttentionCall, as_block: bool = False) -> torch.Tensor | None:
+        """Read the new tokens and take them in: attention output `[b, h, n, d]`, or None where the model's own gives it.
+
+        `as_block`: also while recording, where the tokens of a block count as steps otherwise.
+        """
         n = call.num_tokens
         with _no_autocast(call.query_states.device.type):  # scores and the state stay in float32
-            if self.is_empty or (n > 1 and not self.record_past):
+            if self.is_empty or (n > 1 and (as_block or not self.record_past)):
                 return self._block(call)
             take = self._step if self.setup.policy.block_size is None else self._block
             if n == 1:

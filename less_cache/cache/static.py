@@ -84,6 +84,7 @@ class StaticLESSLayer(LESSLayer):
     @torch.inference_mode(False)
     def fork(self) -> "StaticLESSLayer":
         other = copy.copy(self)
+        other.owner = self.owner
         other._buffers = {}
         other.cumulative_length = _in_place(self.cumulative_length.clone())
         other.map(torch.clone)

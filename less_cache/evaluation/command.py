@@ -86,6 +86,9 @@ def read(report: Path, protocol: dict) -> list[Measurement]:
         written = json.loads(report.read_text("utf-8"))
         origin = {name: written[name] for name in ("machine", "versions", "commit")}
         rows = [Measurement(**{**row, "origin": row.get("origin") or origin}) for rows in written["results"] for row in rows]
+        for row in rows:
+            if not all(type(value) in (int, float) for value in (row.perplexity, row.bytes)):
+                raise TypeError(f"{row.cache} has the perplexity {row.perplexity!r} and the bytes {row.bytes!r}")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise LESSError(f"Expected --known to be a report of eval perplexity, got {report}: {error!r}") from error
     for name, value in protocol.items():

@@ -35,6 +35,7 @@ SUPPORTED = frozenset({
 MLA = "multi-head latent attention: what attention sees is not what the cache was given"
 ALIBI = "ALiBi adds a bias by distance, which is lost for evicted tokens"
 SHARED = "some of its layers attend to the keys of another layer, of which this cache keeps a part alone"
+PREFIX_TUNING = "PEFT starts from a DynamicCache that holds its prefix, and drops the cache that it is given"
 DRAFT = "it drafts for another model, whose keys it attends to"
 REFUSED = {
     "blt": "each of its parts needs a cache of its own",
@@ -93,6 +94,8 @@ def check_supported(config: PreTrainedConfig, model: PreTrainedModel | None = No
     """Raise `LESSError` for a model that is known not to work, with the reason."""
     if config.is_encoder_decoder:
         raise LESSError(f"Expected a decoder-only model, got {config.model_type!r}, an encoder-decoder model.")
+    if getattr(getattr(model, "active_peft_config", None), "peft_type", None) in ("PREFIX_TUNING", "CARTRIDGE"):
+        raise LESSError(f"LESSCache cannot work with prefix tuning: {PREFIX_TUNING}. Call generate without past_key_values.")
     text_config = config.get_text_config(decoder=True)
     reason = REFUSED.get(config.model_type) or _refusal(text_config, model)
     if reason is None and not full_attention_layers(config):

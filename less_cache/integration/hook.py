@@ -73,6 +73,9 @@ def noting(mask_function: Callable) -> Callable:
             looks = padding.device.type == "cpu" or kwargs.get("q_length", 2) > 1  # a step on a GPU does not wait for it
             if looks and 0 < seen <= padding.shape[-1]:
                 cache.seen_mask = padding[:, :seen].bool()
+                if cache.is_compileable and not bool(cache.seen_mask.all()):
+                    # `generate` makes this mask, and the forward makes one without it where it gets None for "nothing hidden"
+                    kwargs["allow_is_causal_skip"] = False
         return mask_function(*args, **kwargs)
 
     return mask

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from less_cache.errors import LESSError
+from less_cache.files.paths import expanded
 from less_cache.kernels.config import LESSConfig
 from less_cache.kernels.folder import check_finite
 from less_cache.memory import LayerKernels
@@ -54,7 +55,7 @@ def _convert_layer(index: int, layer: Mapping[str, torch.Tensor] | str | os.Path
     """One official layer under our names and shapes."""
     if isinstance(layer, str | os.PathLike):
         try:
-            layer = torch.load(layer, map_location="cpu", weights_only=True)
+            layer = torch.load(expanded(layer), map_location="cpu", weights_only=True)
         except FileNotFoundError as error:
             raise LESSError(f"LESSKernels.from_official: layer {index}: no such file: {layer}.") from error
         except Exception as error:  # torch.load raises many types on a file that is not a plain checkpoint

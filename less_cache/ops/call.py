@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from less_cache.ops.masks import additive_to_bool
+
 
 @dataclasses.dataclass(frozen=True)
 class AttentionCall:
@@ -56,6 +58,33 @@ class AttentionCall:
     @property
     def num_tokens(self) -> int:
         return self.query_states.shape[2]
+
+    def alone(self) -> "AttentionCall":
+        """The same in memory of its own: a part is a view of all that came with it."""
+        copied = ("query_states", "key_states", "value_states", "attention_mask", "real")
+        tensors = {name: getattr(self, name) for name in copied}
+        return dataclasses.replace(self, **{name: tensor.clone() for name, tensor in tensors.items() if tensor is not None})
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether each token sees all real ones before it."""
+        return self.attention_mask is None or self.attention_mask.dim() == 2 or bool(self._sees_those_before().all())
+
+    def can_part(self, at: int) -> bool:
+        """Whether the tokens from `at` on see all real ones before, so that these may be taken in first."""
+        if self.attention_mask is None or self.attention_mask.dim() == 2:
+            return True
+        return bool(self._sees_those_before(at)[..., :at].all())
+
+    def _sees_those_before(self, start: int = 0) -> torch.Tensor:
+        """Whether the tokens from `start` on see each token, bool `[b, n - start, n]`; true for later ones and padding."""
+        n = self.num_tokens
+        assert self.attention_mask is not None, "a mask of 4 dimensions"
+        visible = self.attention_mask[:, 0, -n:, -n:][:, start:]
+        visible = visible if visible.dtype == torch.bool else additive_to_bool(visible)
+        new = torch.arange(n, device=visible.device)
+        visible = visible | (new > new[start:, None])
+        return visible if self.real is None else visible | ~self.real[:, None, :] | ~self.real[:, start:, None]
 
     def part(self, start: int, stop: int) -> "AttentionCall":
         """The tokens from `start` to `stop`, as if they had come alone."""
