@@ -172,7 +172,10 @@ def select(setup: Setup, held: Held, columns: Columns, real: torch.Tensor, token
     if memory is not None:
         leaves = (columns.positions >= 0) & ~keep
         memory.pass_time(held.state, real.sum(-1))
-        memory.fold_in(held.state, columns.keys, columns.values, leaves, columns.positions, seen)
+        b, g, c = leaves.shape
+        for part in [slice(0, c)] if memory.numbers_to_fold is None else blocks(0, c, b * g * memory.numbers_to_fold):
+            pairs = columns.keys[:, :, part], columns.values[:, :, part]
+            memory.fold_in(held.state, *pairs, leaves[..., part], columns.positions[..., part], seen)
     held.slots = Slots.keep(columns, keep, policy.capacity(counts), tokens if setup.grows else None, setup.format)
 
 

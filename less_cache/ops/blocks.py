@@ -1,6 +1,6 @@
 """Long texts in blocks: what is held at once is bounded in numbers, however long the text and large the batch."""
 
-NUMBERS = 2**22  # held at once, 16 MiB of float32
+NUMBERS = 2**23  # held at once, 32 MiB of float32
 
 
 def blocks(start: int, stop: int, size: int, most: int | None = None) -> list[slice]:

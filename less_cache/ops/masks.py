@@ -53,9 +53,10 @@ def left_padding(attention_mask: torch.Tensor | None, real: torch.Tensor) -> lis
     """
     if attention_mask is None or attention_mask.is_inference():  # such a tensor does not say whether it was changed
         return _left_padding(attention_mask, real)
-    asked = weakref.ref(attention_mask), attention_mask._version, real.shape
-    if getattr(_last, "asked", None) != asked:
-        _last.asked, _last.answer = asked, _left_padding(attention_mask, real)
+    mask, *asked = getattr(_last, "asked", (lambda: None,))
+    if mask() is not attention_mask or asked != [attention_mask._version, real.shape]:
+        _last.answer = _left_padding(attention_mask, real)
+        _last.asked = weakref.ref(attention_mask), attention_mask._version, real.shape
     return _last.answer
 
 
