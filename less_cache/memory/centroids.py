@@ -63,6 +63,9 @@ class LayerCentroids(LayerMemory):
         seen: torch.Tensor,
     ) -> None:
         b, g, m, d = key_states.shape
+        if m == 1:  # of a step, few operations
+            self._fold_in(state, key_states, value_states, leaves)
+            return
         numbers = m * (4 * d + 2 * value_states.shape[-1])  # of a head; each is clustered by itself
         for rows in blocks(0, b, g * numbers):
             for heads in blocks(0, g, (rows.stop - rows.start) * numbers):
