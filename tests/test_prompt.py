@@ -1,4 +1,4 @@
-"""Prompts with padding: rows are read as if each were alone, in C++ and in PyTorch, in memory that does not follow the square."""
+"""Prompts with padding: rows are read as if each were alone, in C++ and in PyTorch, in memory that follows the length."""
 
 import dataclasses
 from unittest import mock
@@ -102,8 +102,8 @@ def test_a_mask_is_read_once_unless_it_changes():
         assert left_padding(mask, real) is None
         mask[0, 0, 8, 0] = True
         assert left_padding(mask, real) == [0, 3]
-        assert left_padding(mask.clone(), real) == [0, 3]
         assert left_padding(mask, padded([5, 5], 5)) == [0, 0]  # of the last tokens
+        assert left_padding(mask.clone(), real) == [0, 3]
         assert read.call_count == 5
 
 

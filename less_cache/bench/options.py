@@ -82,7 +82,9 @@ class BenchOptions:
         values["contexts"] = tuple(sorted(set(values.get("contexts", cls.contexts))))
         options = cls(**values)
         if not 0 <= options.padding < min(options.contexts):
-            raise LESSError(f"Expected --padding to be less than the context of {min(options.contexts)}, got {options.padding}.")
+            raise LESSError(
+                f"Expected --padding to be less than the context of {min(options.contexts)}, got {options.padding}."
+            )
         if benchmark == "batch" and options.memory <= 0:
             raise LESSError("Expected --memory with bench batch, such as 16GiB: what weights and caches may take; got none.")
         return options

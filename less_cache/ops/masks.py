@@ -53,10 +53,10 @@ def left_padding(attention_mask: torch.Tensor | None, real: torch.Tensor) -> lis
     """
     if attention_mask is None or attention_mask.is_inference():  # such a tensor does not say whether it was changed
         return _left_padding(attention_mask, real)
-    mask, *asked = getattr(_last, "asked", (lambda: None,))
-    if mask() is not attention_mask or asked != [attention_mask._version, real.shape]:
+    asked, version = getattr(_last, "asked", None), attention_mask._version
+    if asked is None or asked[0]() is not attention_mask or asked[1:] != (version, real.shape):
         _last.answer = _left_padding(attention_mask, real)
-        _last.asked = weakref.ref(attention_mask), attention_mask._version, real.shape
+        _last.asked = weakref.ref(attention_mask), version, real.shape
     return _last.answer
 
 

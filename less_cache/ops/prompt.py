@@ -22,6 +22,7 @@ def read_prompt(
     `scores`: before them. `positions`: of the tokens, `[b, n]`. The mask is causal but for `call.padding`.
     """
     b, h, n, _ = call.query_states.shape
+    assert call.padding is not None, "another mask is read by `backends.torch`"
     g, device = call.key_states.shape[1], call.query_states.device
     scores = scores.flatten(0, 1)  # [b·g, n]
     positions = positions.repeat_interleave(g, dim=0)  # [b·g, n]

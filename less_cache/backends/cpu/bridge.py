@@ -21,7 +21,18 @@ from typing import Any
 import torch
 
 from less_cache.backends.cpu import build
-from less_cache.backends.cpu.layout import COUNTS, DTYPES, MEMORIES, MOST_QUERY_HEADS, NETWORKS, POLICIES, Network, Prompt, States, Step
+from less_cache.backends.cpu.layout import (
+    COUNTS,
+    DTYPES,
+    MEMORIES,
+    MOST_QUERY_HEADS,
+    NETWORKS,
+    POLICIES,
+    Network,
+    Prompt,
+    States,
+    Step,
+)
 from less_cache.memory import LayerCentroids, LayerMemory, TrainedMemory
 from less_cache.ops.call import AttentionCall
 from less_cache.policies import CORM, H2O, EvictionPolicy
@@ -237,9 +248,9 @@ def read_prompt(
     start: int,
     attends: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """What `ops.prompt.read_prompt` does for H2O: scores `[b, g, n]` and output `[b, h, n, d]`, which lies as `[b, n, h, d]`."""
+    """What `ops.prompt.read_prompt` does for H2O: scores `[b, g, n]` and output `[b, h, n, d]`, dense as `[b, n, h, d]`."""
     library = build.library()
-    assert library is not None, "`can_read` says whether it is there"
+    assert library is not None and call.padding is not None, "`can_read` says whether it is there"
     query_states, key_states, value_states = (
         _rows_dense(states.float()) for states in (call.query_states, call.key_states, call.value_states)
     )
