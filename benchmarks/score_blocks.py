@@ -88,7 +88,7 @@ def by_log_sum(block: int) -> torch.Tensor:
 def together(block: int, heads: int = 1) -> torch.Tensor:
     scores, output = torch.zeros(KV_HEADS, LENGTH), torch.empty(KV_HEADS, HEADS // KV_HEADS, LENGTH, DIM)
     blocks = causal_blocks(queries, keys, values, DIM**-0.5, heads_at_once=heads, queries_at_once=block)
-    for some, rows, weights, attended in blocks:
+    for some, rows, _, weights, attended in blocks:
         scores[some, : rows.stop] += weights.sum((1, 2))
         output[some, :, rows] = attended
     return scores.unsqueeze(0)

@@ -145,8 +145,8 @@ def test_causal_blocks_are_masked_attention(softcap, with_sinks, tile, start):
     expected, expected_weights = less_attention(queries, keys, values, visible, 0.3, softcap, sinks)
     output, weights = torch.full((b * g, s, n, d), torch.nan), torch.zeros(b * g, s, n, n)
     blocks = causal_blocks(queries, keys, values, 0.3, softcap, sinks, start, *tile)
-    for heads, rows, block_weights, block_output in blocks:
-        weights[heads, :, rows, : rows.stop] = block_weights
+    for heads, rows, columns, block_weights, block_output in blocks:
+        weights[heads, :, rows, columns] = block_weights
         output[heads, :, rows] = block_output
     torch.testing.assert_close(output.view(b, g * s, n, d)[:, :, start:], expected[:, :, start:], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(weights.view(b, g, s, n, n)[:, :, :, start:], expected_weights[:, :, :, start:])
@@ -156,5 +156,5 @@ def test_causal_blocks_at_large_logits():
     queries, keys, values = (40 * states for states in tiny.random_states(1, 2, 1, 20, 8))
     visible = torch.ones(1, 1, 20, 20, dtype=torch.bool).tril()
     expected, _ = less_attention(queries, keys, values, visible, 0.5)
-    outputs = [output for _, _, _, output in causal_blocks(queries, keys, values, 0.5, queries_at_once=8)]
+    outputs = [output for *_, output in causal_blocks(queries, keys, values, 0.5, queries_at_once=8)]
     torch.testing.assert_close(torch.cat(outputs, dim=2), expected)

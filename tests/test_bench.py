@@ -177,7 +177,27 @@ def test_defaults_are_each_benchmark_s():
     assert (given.caches, given.contexts) == (("static", "less"), (8, 9))
 
 
-TAKEN = {"batch": 2, "chunk": 8, "rounds": 1, "tokens": 1, "memory": 2**30, "compile": True}
+@pytest.mark.parametrize("chunk", [None, 7])
+def test_a_prompt_with_padding(folder, chunk):
+    options = {"caches": ("dynamic", "less"), "contexts": (20,), "rounds": 1, "batch": 2}
+    subject, seen = Contest(BenchOptions(folder, random=True, chunk=chunk, padding=9, **options)), []
+
+    def reading(cache, *args):
+        seconds = Contest.read(subject, cache, *args)
+        seen.append(cache.layers[0].held.rows.seen.tolist() if isinstance(cache, LESSCache) else None)
+        return seconds
+
+    with mock.patch.object(subject, "read", reading):
+        prefill.measure(subject, lambda: None)
+    assert seen.count([11, 20]) == seen.count(None) == 2
+
+
+def test_no_row_is_padding_alone():
+    with pytest.raises(LESSError, match="Expected --padding to be less than the context of 30, got 30"):
+        BenchOptions.of("prefill", model="m", contexts=[30, 50], padding=30)
+
+
+TAKEN = {"batch": 2, "chunk": 8, "rounds": 1, "tokens": 1, "memory": 2**30, "compile": True, "padding": 3}
 
 
 @pytest.mark.parametrize("benchmark", DEFAULTS)

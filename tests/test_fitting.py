@@ -224,7 +224,10 @@ def test_adaptive_heads_share_the_budget_of_all_layers(policy, slots):
 @torch.no_grad()
 def test_below_the_budget_the_logits_are_a_dynamic_caches_to_the_bit(implementation):
     model = tiny.tiny_llama(implementation)
-    cache, full = LESSCache(model, AttentionMatching(200, every=7), heads="adaptive", fit=True), DynamicCache(config=model.config)
+    cache, full = (
+        LESSCache(model, AttentionMatching(200, every=7), heads="adaptive", fit=True),
+        DynamicCache(config=model.config),
+    )
     for start, stop in [(0, 50), *((token, token + 1) for token in range(50, 90))]:
         block = TEXT[:, start:stop]
         assert torch.equal(model(block, past_key_values=cache).logits, model(block, past_key_values=full).logits)
@@ -265,7 +268,9 @@ def test_quantised_slots_take_the_bytes_that_they_say():
     for slots in FORMATS:
         cache = LESSCache(model, AttentionMatching(40, every=1), slots=slots)
         model(TEXT[:, :60], past_key_values=cache)
-        sizes[slots] = sum(layer.held.slots.stored[name].nbytes for layer in cache.layers for name in layer.setup.format.names())
+        sizes[slots] = sum(
+            layer.held.slots.stored[name].nbytes for layer in cache.layers for name in layer.setup.format.names()
+        )
     d = 64
     assert sizes["int8"] / sizes["float"] == (d + 8) / (4 * d)
     assert sizes["int4"] / sizes["float"] == (d / 2 + 8) / (4 * d)

@@ -447,19 +447,24 @@ def attend(layer: LESSLayer, query: torch.Tensor, key: torch.Tensor, value: torc
 
 
 @pytest.mark.parametrize(
-    ("policy", "dtype", "masked", "called"),
+    ("policy", "dtype", "second", "called"),
     [
-        (H2O(4, 5), torch.float32, False, False),
-        (H2O(4, 5), torch.bfloat16, False, True),  # the model's own attention is faster
-        (H2O(4, 5), torch.float32, True, True),
-        (CORM(4, 5), torch.float32, False, True),  # looks at the last queries alone
-        (SinkRecent(4, 5), torch.float32, False, True),
+        (H2O(4, 5), torch.float32, None, False),
+        (H2O(4, 5), torch.bfloat16, None, True),  # the model's own attention is faster
+        (H2O(4, 5), torch.float32, 0, False),
+        (H2O(4, 5), torch.float32, 10, True),  # two documents
+        (CORM(4, 5), torch.float32, None, True),  # looks at the last queries alone
+        (SinkRecent(4, 5), torch.float32, None, True),
     ],
 )
-def test_a_prompt_goes_through_the_models_attention_unless_all_of_its_weights_are_needed(policy, dtype, masked, called):
+def test_a_prompt_goes_through_the_models_attention_unless_all_of_its_weights_are_needed(policy, dtype, second, called):
+    """`second`: where the mask says that a second text begins; None: there is no mask."""
     layer = LESSLayer(policy, None, layer_idx=0)
     query, key, value = (states.to(dtype) for states in tiny.random_states(2, 4, 2, 20, 4))
-    mask = torch.ones(20, 20, dtype=torch.bool).tril().expand(2, 1, 20, 20) if masked else None
+    mask = None
+    if second is not None:
+        mask = torch.ones(20, 20, dtype=torch.bool).tril().repeat(2, 1, 1, 1)
+        mask[:, :, second:, :second] = False
     original = mock.Mock(side_effect=tiny.plain_attention)
     output, _ = layer.attend(original, MODULE, query, *layer.update(key, value), mask, scaling=0.5)
     assert original.called == called

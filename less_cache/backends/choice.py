@@ -8,6 +8,7 @@ import dataclasses
 import torch
 
 from less_cache.fitting import References, Seen, ask, fit
+from less_cache.ops.blocks import blocks
 from less_cache.ops.call import AttentionCall
 from less_cache.slots import Columns, Held, Setup, Slots
 
@@ -45,7 +46,10 @@ def choose(setup: Setup, held: Held, draft: Draft) -> None:
     leaves = (columns.positions >= 0) & ~keep
     if memory is not None:
         memory.pass_time(held.state, draft.came)
-        memory.fold_in(held.state, columns.keys, columns.values, leaves, columns.positions, seen)
+        b, g, c = leaves.shape
+        for part in [slice(0, c)] if memory.numbers_to_fold is None else blocks(0, c, b * g * memory.numbers_to_fold):
+            pairs = columns.keys[:, :, part], columns.values[:, :, part]
+            memory.fold_in(held.state, *pairs, leaves[..., part], columns.positions[..., part], seen)
     if draft.seen is not None and bool(leaves.any()):
         columns, keep = _fitted(setup, held, draft, keep)
     if policy.block_size is None:

@@ -57,10 +57,10 @@ def attends_prompt(policy: EvictionPolicy, call: AttentionCall) -> bool:
     processor, the model's own attention is so much faster that it is called as well.
     """
     n, states = call.num_tokens, call.query_states
-    if call.attention_mask is not None or states.device.type != "cpu" or states.dtype != torch.float32:
+    if states.device.type != "cpu" or states.dtype != torch.float32:
         return False
     counts = policy.resolve(torch.tensor([n], device=states.device))  # [1, f]
-    return policy.observed(counts.T[:, :, None, None], n) == n
+    return policy.observed(counts.T[:, :, None, None], n) == n and call.padding is not None
 
 
 def read_first_block(

@@ -11,11 +11,12 @@ import torch
 from less_cache.backends.choice import Draft, judge
 from less_cache.fitting import References
 from less_cache.ops.attention import attention_logits, kept_attention, less_attention, sparse_softmax
+from less_cache.ops.blocks import blocks
 from less_cache.ops.call import AttentionCall
 from less_cache.ops.masks import visible_new
 from less_cache.slots import Columns, Held, Setup
 
-QUERY_BLOCK = 256  # queries attended at once in a block: memory is O(QUERY_BLOCK · columns)
+QUERY_BLOCK = 256  # most queries attended at once in a block
 
 
 def step(setup: Setup, held: Held, call: AttentionCall) -> torch.Tensor:
@@ -86,7 +87,7 @@ def read_first(
     Args:
         tokens: Seen after this block, padding included.
         attends: Whether the output is wanted too: `[b, h, n, w]`; else None is returned.
-        read_prompt: Reads a prompt without padding, as `ops.prompt.read_prompt`.
+        read_prompt: Reads a prompt with no other padding than on the left, as `ops.prompt.read_prompt`.
     """
     policy = setup.policy
     b, g, n, _ = call.key_states.shape
@@ -94,11 +95,11 @@ def read_first(
     positions = held.rows.read(real, policy, setup.shares)  # [b, n]
     by_head = positions.unsqueeze(1).expand(b, g, n)
     scores, output = policy.arrival(by_head), None
-    observed = _observed(setup, held, call)
-    if observed and call.attention_mask is None:
-        scores, output = read_prompt(policy, call, scores, positions, n - observed, attends)
+    observed = policy.observed(held.rows.counts_by_head(), n)
+    if observed and call.padding is not None:
+        scores, output = read_prompt(policy, call, scores, positions, 0 if attends else n - observed, attends)
     elif observed:
-        for queries in _blocks(n - observed, n):
+        for queries in _blocks(n - _observed(setup, held, call), call, n):
             visible = visible_new(call.attention_mask, real, queries)  # [b, 1, queries, c]
             seen_columns = slice(0, visible.shape[-1])
             logits = attention_logits(
@@ -126,7 +127,7 @@ def read_next(setup: Setup, held: Held, call: AttentionCall, tokens: int) -> tup
     alive = (kept.positions >= 0).unsqueeze(2)  # [b, g, 1, kept]
     unobserved = n - _observed(setup, held, call)
     outputs = []
-    for queries in _blocks(0, n):
+    for queries in _blocks(0, call, columns.keys.shape[2]):
         new = visible_new(call.attention_mask, real, queries).expand(b, g, -1, -1)
         visible = torch.cat([alive.expand(-1, -1, new.shape[2], -1), new], dim=-1)  # [b, g, queries, kept + new]
         seen_columns = slice(0, visible.shape[-1])
@@ -190,6 +191,7 @@ def _virtual_tokens(
     return setup.memory.virtual_tokens(held.state, query_states, call.scaling, call.softcap, later)
 
 
-def _blocks(start: int, stop: int) -> list[slice]:
-    """The queries from `start` to `stop`, some at a time."""
-    return [slice(first, min(first + QUERY_BLOCK, stop)) for first in range(start, stop, QUERY_BLOCK)]
+def _blocks(start: int, call: AttentionCall, columns: int) -> list[slice]:
+    """The queries from `start` on, some at a time: their weights over so many columns are bounded in numbers."""
+    b, h, n, _ = call.query_states.shape
+    return blocks(start, n, b * h * columns, most=QUERY_BLOCK)

@@ -75,17 +75,22 @@ class Contest:
         vocabulary = self.model.config.get_text_config(decoder=True).vocab_size
         return torch.randint(vocabulary, (batch, count), generator=self.generator, device=self.device)
 
-    def read(self, cache: Cache, tokens: torch.Tensor, chunk: int | None) -> float:
-        """Feed `tokens` `[b, n]` to the cache, `chunk` at once; seconds that it took.
+    def read(self, cache: Cache, tokens: torch.Tensor, chunk: int | None, padding: int = 0) -> float:
+        """Feed `tokens` `[b, n]` to the cache, `chunk` at once; seconds that it took. `padding`: how many of the first row are.
 
         With `options.compile`, static caches get single tokens through the compiled model.
         """
         model = self.compiled if chunk == 1 and cache.is_compileable else self.model
-        parts = tokens.split(chunk or tokens.shape[1], dim=1)
+        parts, read, mask = tokens.split(chunk or tokens.shape[1], dim=1), 0, None
+        if padding:
+            mask = torch.ones_like(tokens)
+            mask[0, :padding] = 0
         synchronize(self.device)
         start = time.perf_counter()
         for part in parts:
-            model(input_ids=part, past_key_values=cache, logits_to_keep=1)
+            read += part.shape[1]
+            masked = {} if mask is None else {"attention_mask": mask[:, :read]}
+            model(input_ids=part, past_key_values=cache, logits_to_keep=1, **masked)
         synchronize(self.device)
         return time.perf_counter() - start
 

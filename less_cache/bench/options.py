@@ -15,7 +15,7 @@ CACHES = ("dynamic", "static", "policy", "less", "policy_static", "less_static")
 USUAL = ("dynamic", "static", "policy", "less")
 DEFAULTS: dict[str, dict[str, Any]] = {
     "decode": {"caches": USUAL, "batch": 1, "chunk": 512, "rounds": 7, "tokens": 16, "compile": False},
-    "prefill": {"caches": ("dynamic", "policy", "less"), "batch": 1, "chunk": None, "rounds": 5},
+    "prefill": {"caches": ("dynamic", "policy", "less"), "batch": 1, "chunk": None, "rounds": 5, "padding": 0},
     "memory": {"caches": USUAL, "batch": 1, "chunk": 512},
     "batch": {"caches": USUAL, "memory": 0, "chunk": 512, "rounds": 3, "tokens": 4, "compile": False},
 }
@@ -40,6 +40,7 @@ class BenchOptions:
         threads: Of the processor; None: torch's default.
         rounds: Measured runs of each cache, one cache after the other, after one that warms up.
         tokens: Tokens decoded in a run.
+        padding: Tokens at the start of the first sequence that are padding.
         compile: Decode with `torch.compile` where the cache is static, before anything is timed.
         memory: Bytes that weights and caches may take together; for `batch`, 0 for the others.
         seed: Of random weights, keys, values and tokens.
@@ -59,6 +60,7 @@ class BenchOptions:
     threads: int | None = None
     rounds: int = 7
     tokens: int = 16
+    padding: int = 0
     compile: bool = False
     memory: int = 0
     seed: int = 0
@@ -79,6 +81,10 @@ class BenchOptions:
         values["caches"] = tuple(sorted(set(values["caches"]), key=(*CACHES, *values["caches"]).index))
         values["contexts"] = tuple(sorted(set(values.get("contexts", cls.contexts))))
         options = cls(**values)
+        if not 0 <= options.padding < min(options.contexts):
+            raise LESSError(
+                f"Expected --padding to be less than the context of {min(options.contexts)}, got {options.padding}."
+            )
         if benchmark == "batch" and options.memory <= 0:
             raise LESSError("Expected --memory with bench batch, such as 16GiB: what weights and caches may take; got none.")
         return options

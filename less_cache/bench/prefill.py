@@ -48,7 +48,7 @@ def measure(contest: Contest, advance: Callable[[], object]) -> list[PrefillRow]
         def run() -> float:
             peak = PeakMemory(contest.device)
             peak.start()
-            seconds = contest.read(contest.make(name, tokens.shape[1]), tokens, options.chunk)
+            seconds = contest.read(contest.make(name, tokens.shape[1]), tokens, options.chunk, options.padding)
             peaks[name].append(peak.stop())
             return seconds
 

@@ -113,6 +113,9 @@ def bench(
         typer.Option(min=1, help="Measured runs of each, after one that warms up. Default: decode 7, prefill 5, batch 3."),
     ] = None,
     tokens: Annotated[int | None, typer.Option(min=1, help="Tokens decoded in a run. Default: decode 16, batch 4.")] = None,
+    padding: Annotated[
+        int | None, typer.Option(min=0, metavar="TOKENS", help="Of the first sequence, in prefill. Default: none.")
+    ] = None,
     compile: Annotated[
         bool | None, typer.Option("--compile", help="In decode and batch: torch.compile where the cache is static.")
     ] = None,

@@ -73,7 +73,7 @@ class Seen:
 
 def ask(
     references: References, columns: Columns, policy: EvictionPolicy, call: AttentionCall, virtual: Any = None
-) -> tuple[torch.Tensor, Seen]:
+) -> tuple[torch.Tensor | None, Seen]:
     """What the references see, and the policy's judgement of it: scores `[b, g, c]` float32.
 
     `virtual`: logits and values of the state, as in `LayerMemory.virtual_tokens`; None: there is none. One KV head at a time,

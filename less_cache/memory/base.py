@@ -30,6 +30,13 @@ class LayerMemory(nn.Module, abc.ABC):
     def empty_state(self, batch: int, num_key_value_heads: int, head_dim: int, device: torch.device) -> Any:
         """The state before anything was evicted. `head_dim`: of the values."""
 
+    @property
+    def numbers_to_fold(self) -> int | None:
+        """How many numbers it takes to fold in a token of a head, so that a long text comes in blocks; None: what comes at once
+        is folded in together, and the state is another one in blocks.
+        """
+        return None
+
     def pass_time(self, state: Any, tokens: torch.Tensor | int) -> None:
         """Let a state fade, in place, over so many new tokens, `[b]` or for all rows."""
 
@@ -112,6 +119,11 @@ class TrainedMemory(LayerMemory):
     def num_virtual_tokens(self) -> int:
         """Virtual tokens of a KV head."""
         return self.sizes[-1] // self.rank_step
+
+    @property
+    def numbers_to_fold(self) -> int:
+        _, _, d, hidden_size, _ = self.sizes
+        return max(hidden_size, 2 * d)
 
     @property
     def extra_dims(self) -> int:

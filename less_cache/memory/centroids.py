@@ -10,6 +10,7 @@ import torch
 
 from less_cache.memory.base import LayerMemory
 from less_cache.ops.attention import LOWEST, group_heads
+from less_cache.ops.blocks import blocks
 
 ITERATIONS = 6  # of Lloyd's algorithm over a block
 SPREAD = 0.25  # share of |q|²σ² that a centroid's logit gains; half is what a normal distribution would give
@@ -60,6 +61,19 @@ class LayerCentroids(LayerMemory):
         leaves: torch.Tensor,
         positions: torch.Tensor,
         seen: torch.Tensor,
+    ) -> None:
+        b, g, m, d = key_states.shape
+        if m == 1:  # of a step, few operations
+            self._fold_in(state, key_states, value_states, leaves)
+            return
+        numbers = m * (4 * d + 2 * value_states.shape[-1])  # of a head; each is clustered by itself
+        for rows in blocks(0, b, g * numbers):
+            for heads in blocks(0, g, (rows.stop - rows.start) * numbers):
+                some = CentroidState(*[each[rows, heads] for each in vars(state).values()])
+                self._fold_in(some, key_states[rows, heads], value_states[rows, heads], leaves[rows, heads])
+
+    def _fold_in(
+        self, state: CentroidState, key_states: torch.Tensor, value_states: torch.Tensor, leaves: torch.Tensor
     ) -> None:
         share = leaves.unsqueeze(-1).float()  # [b, g, m, 1]
         keys, values = key_states.float() * share, value_states.float() * share

@@ -4,7 +4,7 @@ Axes: `b` batch, `h` query heads, `g` KV heads, `s` = h / g query heads per KV h
 `d` head dim, `r` rank. Query heads g·s … g·s + s − 1 share KV head g.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -66,16 +66,18 @@ def causal_blocks(
     start: int = 0,
     heads_at_once: int = 1,
     queries_at_once: int = 32,
-) -> Iterator[tuple[slice, slice, torch.Tensor, torch.Tensor | None]]:
-    """Attention of a text without padding, from query `start` on, in blocks: weights and output of a few queries of a few
-    KV heads at a time, so that memory is O(block · n). One head and few queries stay in a processor's cache.
+    padding: Sequence[int] | None = None,
+) -> Iterator[tuple[slice, slice, slice, torch.Tensor, torch.Tensor | None]]:
+    """Causal attention of a text, from query `start` on, in blocks: weights and output of a few queries of a few KV heads at a
+    time, so that memory is O(block · n). One head and few queries stay in a processor's cache.
 
     Shapes as in `less_attention`; without `value_states` there is no output. Heads are numbered through the batch, `a` of
-    them at once.
+    them at once. `padding`: how many tokens of it each row begins with, which take no part; None: there is none. Rows that
+    differ in it are not read at once: `heads_at_once` then divides g.
 
     Yields:
-        The heads out of b·g; the queries; their weights over the keys up to the last query's own, `[a, s, m, c]` float32,
-        which the next block overwrites; their output, `[a, s, m, d]` float32.
+        The heads out of b·g; the queries; the keys, from the row's first to the last query's own; their weights,
+        `[a, s, m, c]` float32, which the next block overwrites; their output, `[a, s, m, d]` float32.
     """
     b, g, n, _ = key_states.shape
     queries = group_heads(query_states.float() * scaling, g).flatten(0, 1)  # [b·g, s, n, d]
@@ -88,21 +90,24 @@ def causal_blocks(
     buffer = queries.new_empty(heads_at_once, s * queries_at_once, n)
     for head in range(0, b * g, heads_at_once):
         heads = slice(head, min(head + heads_at_once, b * g))
-        for first in range(start, n, queries_at_once):
+        before = 0 if padding is None else padding[head // g]
+        for first in range(max(start, before), n, queries_at_once):
             rows = slice(first, min(first + queries_at_once, n))
+            columns = slice(before, rows.stop)
             block = queries[heads, :, rows]  # [a, s, m, d]
             a, _, m, _ = block.shape
-            weights = buffer.as_strided((a, s * m, rows.stop), (s * m * rows.stop, rows.stop, 1))  # the start of it, dense
-            torch.bmm(block.flatten(1, 2), keys[heads, :, : rows.stop], out=weights)
+            c = rows.stop - before
+            weights = buffer.as_strided((a, s * m, c), (s * m * c, c, 1))  # the start of it, dense
+            torch.bmm(block.flatten(1, 2), keys[heads, :, columns], out=weights)
             if softcap is not None:
                 weights.div_(softcap).tanh_().mul_(softcap)
-            weights.view(a, s, m, -1)[..., first:].masked_fill_(later[:m, :m], -torch.inf)
+            weights.view(a, s, m, -1)[..., first - before :].masked_fill_(later[:m, :m], -torch.inf)
             if sinks is None:
                 torch.softmax(weights, dim=-1, out=weights)
             else:
                 weights.copy_(sparse_softmax(weights.view(1, a, s, m, -1), sinks[heads].flatten())[0].view_as(weights))
-            output = None if values is None else (weights @ values[heads, : rows.stop]).view(a, s, m, -1)
-            yield heads, rows, weights.view(a, s, m, -1), output
+            output = None if values is None else (weights @ values[heads, columns]).view(a, s, m, -1)
+            yield heads, rows, columns, weights.view(a, s, m, -1), output
 
 
 def add_virtual_tokens(

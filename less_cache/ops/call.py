@@ -4,12 +4,13 @@ Axes: `b` batch, `h` query heads, `g` KV heads, `n` new tokens, `d` head dim.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
-from less_cache.ops.masks import additive_to_bool
+from less_cache.ops.masks import additive_to_bool, left_padding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +86,19 @@ class AttentionCall:
         new = torch.arange(n, device=visible.device)
         visible = visible | (new > new[start:, None])
         return visible if self.real is None else visible | ~self.real[:, None, :] | ~self.real[:, start:, None]
+
+    @functools.cached_property
+    def padding(self) -> list[int] | None:
+        """How many tokens of padding each row begins with, where the mask is causal but for these; None: it is another mask, or
+        a compiler could not look into it.
+        """
+        b, _, n, _ = self.key_states.shape
+        if self.attention_mask is None and self.real is None:
+            return [0] * b
+        if torch.compiler.is_compiling():
+            return None
+        real = self.key_states.new_ones(b, n, dtype=torch.bool) if self.real is None else self.real
+        return left_padding(self.attention_mask, real)
 
     def part(self, start: int, stop: int) -> "AttentionCall":
         """The tokens from `start` to `stop`, as if they had come alone."""

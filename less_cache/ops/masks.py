@@ -3,7 +3,14 @@
 Axes: `b` rows, `g` KV heads, `n` new tokens, `c` columns.
 """
 
+import threading
+import weakref
+
 import torch
+
+from less_cache.ops.blocks import blocks
+
+_last = threading.local()  # `answer` of `left_padding`, and what it was asked: the mask, its version, and the shape
 
 
 def additive_to_bool(mask: torch.Tensor) -> torch.Tensor:
@@ -36,3 +43,33 @@ def visible_new(attention_mask: torch.Tensor | None, real: torch.Tensor, queries
         visible = attention_mask[:, :, -n:, -n:][:, :, queries]
         visible = visible if visible.dtype == torch.bool else additive_to_bool(visible)
     return visible | (new == new[queries, None])
+
+
+def left_padding(attention_mask: torch.Tensor | None, real: torch.Tensor) -> list[int] | None:
+    """How many tokens of padding each row begins with, where the mask is causal but for these; None: it is another mask.
+
+    `attention_mask`: of the new tokens, as in `own_column`; `real`: which of them are not padding, bool `[b, n]`. What a mask
+    says of padding itself does not matter. All layers of a model get one mask, so that it is read for the first of them.
+    """
+    if attention_mask is None or attention_mask.is_inference():  # such a tensor does not say whether it was changed
+        return _left_padding(attention_mask, real)
+    asked, version = getattr(_last, "asked", None), attention_mask._version
+    if asked is None or asked[0]() is not attention_mask or asked[1:] != (version, real.shape):
+        _last.answer = _left_padding(attention_mask, real)
+        _last.asked = weakref.ref(attention_mask), version, real.shape
+    return _last.answer
+
+
+def _left_padding(attention_mask: torch.Tensor | None, real: torch.Tensor) -> list[int] | None:
+    b, n = real.shape
+    padding, column = n - real.sum(-1), torch.arange(n, device=real.device)
+    if not torch.equal(real, column >= padding.unsqueeze(-1)):
+        return None
+    if attention_mask is not None and attention_mask.dim() == 4:
+        for queries in blocks(0, n, b * n):
+            visible = attention_mask[:, 0, -n:, -n:][:, queries]
+            visible = visible if visible.dtype == torch.bool else additive_to_bool(visible)
+            causal = (column <= column[queries, None]) & real.unsqueeze(1)  # [b, queries, n]
+            if bool(((visible != causal) & real[:, queries, None]).any()):
+                return None
+    return padding.tolist()

@@ -124,7 +124,8 @@ class EvictionPolicy(abc.ABC):
 
     def by_head(self, counts: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
         """Token counts `[b, f]` as those of KV heads, `[b, g, f]`, which get `shares` `[b, g]` of the budget."""
-        columns, total, spent = [], 0, 0
+        columns = []
+        total, spent = torch.zeros_like(shares, dtype=torch.long), torch.zeros_like(shares, dtype=torch.long)
         for field, count in zip(dataclasses.fields(self), counts.unbind(-1), strict=True):
             by_head = count.unsqueeze(-1).expand(shares.shape)
             if not field.metadata.get("shared", False):

@@ -98,7 +98,7 @@ class Rows:
         return Hidden(stays, (stays.cumsum(-1) - 1).masked_fill(~stays, -1).gather(-1, by_position).int())
 
     def allot(self, policy: EvictionPolicy, budgets: torch.Tensor, means: torch.Tensor, rows: torch.Tensor) -> None:
-        """Give the KV heads of some `rows`, bool `[b]`, `budgets` `[b, g]` of their own, whose mean over all heads is `means` `[b]`."""
+        """Give the KV heads of some `rows`, bool `[b]`, `budgets` `[b, g]` of their own; `means` `[b]`: over all layers."""
         assert self.counts is not None, "a block was read"
         counts = self.counts if self.counts.dim() == 3 else self.counts.unsqueeze(1).expand(-1, budgets.shape[1], -1)
         shares = budgets / means.unsqueeze(-1)

@@ -141,11 +141,12 @@ def reference_attention(
         settled |= (real[:, rows].sum(-1) == 1) & real[:, :start].any(-1)  # a token alone ends the row's prompt
         counts = torch.where(settled.view(b, *[1] * (counts.dim() - 1)), counts, policy.resolve(seen, shares))
         present = held | ((token >= start) & (token < stop) & real.unsqueeze(1))
-        if policy.block_size is not None and start > 0 and since < policy.block_size:
+        every = policy.block_size
+        if every is not None and start > 0 and since < every:
             held = present
         else:
             if policy.asks_references:
-                if start == 0 or n > policy.block_size:
+                if every is None or start == 0 or n > every:
                     asks = References.of_prompt(rotation, query_states[:, :, rows], row_positions[:, rows], seen)
                 else:
                     chosen = asked_before(stop)
@@ -153,9 +154,7 @@ def reference_attention(
                     queries = query_states.gather(
                         2, chosen.clamp_min(0)[:, None, :, None].expand(-1, query_states.shape[1], -1, d)
                     )
-                    asks = References.turned(
-                        rotation, queries, at, seen, torch.full_like(seen, asked.PLACES + 1), policy.block_size
-                    )
+                    asks = References.turned(rotation, queries, at, seen, torch.full_like(seen, asked.PLACES + 1), every)
                 sees = present.unsqueeze(2).expand(b, g, asks.query_states.shape[2], T)
                 _, sparse, _ = weigh(asks.query_states, seen.unsqueeze(-1) + asks.later, sees, evicted)
                 judged = sparse / (sparse.sum(-1, keepdim=True) + sink_mass)

@@ -21,7 +21,18 @@ from typing import Any
 import torch
 
 from less_cache.backends.cpu import build
-from less_cache.backends.cpu.layout import COUNTS, DTYPES, MEMORIES, MOST_QUERY_HEADS, NETWORKS, POLICIES, Network, Prompt, Step
+from less_cache.backends.cpu.layout import (
+    COUNTS,
+    DTYPES,
+    MEMORIES,
+    MOST_QUERY_HEADS,
+    NETWORKS,
+    POLICIES,
+    Network,
+    Prompt,
+    States,
+    Step,
+)
 from less_cache.memory import LayerCentroids, LayerMemory, TrainedMemory
 from less_cache.ops.call import AttentionCall
 from less_cache.policies import CORM, H2O, EvictionPolicy
@@ -202,6 +213,11 @@ def _hand_over_centroids(arguments: Step, state: Any) -> None:
     arguments.keys_sum, arguments.squares_sum = state.keys_sum.data_ptr(), state.squares_sum.data_ptr()
 
 
+def _rows_dense(states: torch.Tensor) -> torch.Tensor:
+    """The same, its last dimension without gaps."""
+    return states if states.stride(-1) == 1 else states.contiguous()
+
+
 def _address(tensor: torch.Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
@@ -218,7 +234,7 @@ def can_read(policy: EvictionPolicy, call: AttentionCall) -> bool:
         and h // g <= MOST_QUERY_HEADS
         and call.softcap is None
         and call.sinks is None
-        and call.real is None
+        and call.padding is not None
         and all(each.is_cpu and each.is_floating_point() for each in states)
         and build.library() is not None
     )
@@ -232,29 +248,32 @@ def read_prompt(
     start: int,
     attends: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """What `ops.prompt.read_prompt` does for H2O: scores `[b, g, n]` and output `[b, h, n, d]`."""
+    """What `ops.prompt.read_prompt` does for H2O: scores `[b, g, n]` and output `[b, h, n, d]`, dense as `[b, n, h, d]`."""
     library = build.library()
-    assert library is not None, "`can_read` says whether it is there"
+    assert library is not None and call.padding is not None, "`can_read` says whether it is there"
     query_states, key_states, value_states = (
-        states.float().contiguous() for states in (call.query_states, call.key_states, call.value_states)
+        _rows_dense(states.float()) for states in (call.query_states, call.key_states, call.value_states)
     )
-    b, h, n, d = query_states.shape
-    g = key_states.shape[1]
+    (b, h, n, d), g = query_states.shape, key_states.shape[1]
     scores = scores.float().clone(memory_format=torch.contiguous_format)
-    output = torch.empty_like(query_states) if attends else None
+    output = None
+    if attends:
+        output = (query_states.new_zeros if any(call.padding) else query_states.new_empty)(b, n, h, d).transpose(1, 2)
     arguments = Prompt(
-        heads=b * g,
+        b=b,
+        g=g,
         s=h // g,
         n=n,
         d=d,
         start=start,
         threads=torch.get_num_threads(),
         scaling=call.scaling,
-        query=query_states.data_ptr(),
-        key=key_states.data_ptr(),
-        value=value_states.data_ptr() if attends else None,
+        padding=(ctypes.c_int64 * b)(*call.padding),
+        query=States.of(query_states),
+        key=States.of(key_states),
+        value=States.of(value_states if attends else None),
+        output=States.of(output),
         received=scores.data_ptr(),
-        output=_address(output),
     )
     library.less_read_prompt(ctypes.byref(arguments))
     return scores, None if output is None else output.to(call.value_states.dtype)

@@ -60,13 +60,26 @@ class Step(ctypes.Structure):
     ]
 
 
+class States(ctypes.Structure):
+    """As in `prompt.cpp`."""
+
+    _fields_ = [("data", ctypes.c_void_p), *((name, ctypes.c_int64) for name in ("row", "head", "token"))]
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor | None) -> "States":
+        """A tensor `[b, heads, n, d]` whose last dimension is dense."""
+        return cls() if tensor is None else cls(tensor.data_ptr(), *tensor.stride()[:3])
+
+
 class Prompt(ctypes.Structure):
     """As in `prompt.cpp`."""
 
     _fields_ = [
-        *((name, ctypes.c_int64) for name in ("heads", "s", "n", "d", "start", "threads")),
+        *((name, ctypes.c_int64) for name in ("b", "g", "s", "n", "d", "start", "threads")),
         ("scaling", ctypes.c_float),
-        *((name, ctypes.c_void_p) for name in ("query", "key", "value", "received", "output")),
+        ("padding", ctypes.POINTER(ctypes.c_int64)),
+        *((name, States) for name in ("query", "key", "value", "output")),
+        ("received", ctypes.c_void_p),
     ]
 
 

@@ -1,12 +1,12 @@
-// Attention of a prompt without padding on a processor, and the attention that each of its tokens gets, in one pass: what
-// `ops.attention.causal_blocks` does. `bridge.py` calls it.
+// Attention of a prompt on a processor, and the attention that each of its tokens gets, in one pass: what
+// `ops.attention.causal_blocks` does. `bridge.py` calls it. A row may begin with padding: it is as if the row began after it.
 //
 //     l = scaling · Q Kᵀ, causal     P = softmax(l)     output = P V     received_j += Σ_{heads of the group, queries} P_ij
 //
 // A few queries of all heads of a KV head make ROWS rows. Their weights over all keys are held, in tiles of LANES columns that
-// lie one after the other, so that they stay in the processor's second cache; keys are packed in the same way.
+// lie one after the other, so that they stay in the processor's second cache; keys are packed in the same way, and values dense.
 //
-// Axes: b rows, g KV heads, s query heads per KV head, n tokens, d head dim, a multiple of 64. Tensors lie dense, in this order.
+// Axes: b rows, g KV heads, s query heads per KV head, n tokens, d head dim, a multiple of 64.
 
 #include <algorithm>
 #include <cstdint>
@@ -16,14 +16,21 @@
 
 #include "vector_math.h"
 
+// A tensor `[b, heads, n, d]` whose last dimension is dense; the numbers from one row, head and token to the next.
+struct States {
+    float *data;
+    int64_t row, head, token;
+};
+
 struct Prompt {
-    int64_t heads, s, n, d, start, threads; // heads: b·g; start: the first query
+    int64_t b, g, s, n, d, start, threads; // start: the first query
     float scaling;
-    const float *query; // [b, g, s, n, d]
-    const float *key;   // [b, g, n, d]
-    const float *value; // [b, g, n, d], or null: no output
-    float *received;    // [b, g, n], added to
-    float *output;      // [b, g, s, n, d], or null
+    const int64_t *padding; // [b], tokens that are no part of the text, before it
+    States query;           // [b, g·s, n, d]
+    States key;             // [b, g, n, d]
+    States value;           // [b, g, n, d], or null: no output
+    States output;          // [b, g·s, n, d], or null; nothing is written for padding
+    float *received;        // [b, g, n], dense, added to
 };
 
 static_assert(sizeof(Prompt) == BYTES_OF_PROMPT, "`layout.py` has the same fields");
@@ -49,14 +56,25 @@ inline Vector load(const float *from) {
 
 inline void store(Vector vector, float *to) { std::memcpy(to, &vector, sizeof vector); }
 
-// Keys `[n, d]` as tiles `[n / LANES, d, LANES]`, 0 beyond the last.
-void pack(const float *keys, int64_t n, int64_t d, int64_t tile, float *packed) {
-    float *to = packed + tile * d * LANES;
+// A KV head and its query heads, from the row's first token on.
+struct Head {
+    int64_t n;
+    const float *query, *key, *value; // value: null where there is no output
+    float *output;
+    float *keys;   // [tiles, d, LANES], packed
+    float *values; // [tiles · LANES, d], packed
+};
+
+// A tile of keys as `[d, LANES]`, 0 beyond the last, and its values as `[LANES, d]`.
+void pack(const Prompt &prompt, const Head &head, int64_t tile) {
+    const int64_t d = prompt.d, first = tile * LANES;
+    float *keys = head.keys + first * d, *values = head.values + first * d;
     for (int64_t i = 0; i < d; i++)
-        for (int64_t lane = 0; lane < LANES; lane++) {
-            const int64_t j = tile * LANES + lane;
-            to[i * LANES + lane] = j < n ? keys[j * d + i] : 0.0f;
-        }
+        for (int64_t lane = 0; lane < LANES; lane++)
+            keys[i * LANES + lane] = first + lane < head.n ? head.key[(first + lane) * prompt.key.token + i] : 0.0f;
+    if (!head.value) return;
+    for (int64_t j = first; j < std::min(first + LANES, head.n); j++)
+        std::memcpy(values + (j - first) * d, head.value + j * prompt.value.token, d * sizeof(float));
 }
 
 // Logits of ROWS rows, `[ROWS, d]`, over `tiles` tiles: `[tiles, ROWS, LANES]`.
@@ -109,20 +127,19 @@ void average(const float *weights, const float *values, int64_t columns, int64_t
 }
 
 // The queries from `first` to `last` of a KV head, all its query heads. `weights`: `[tiles, ROWS, LANES]`, overwritten.
-void attend(
-    const Prompt &prompt, int64_t head, const float *packed, int64_t first, int64_t last, float *weights, float *received
-) {
-    const int64_t s = prompt.s, n = prompt.n, d = prompt.d, queries = last - first;
+void attend(const Prompt &prompt, const Head &head, int64_t first, int64_t last, float *weights, float *received) {
+    const int64_t s = prompt.s, d = prompt.d, queries = last - first;
     const int64_t tiles = (last + LANES - 1) / LANES;
     static thread_local std::vector<float> buffer;
     buffer.resize(2 * ROWS * d);
     float *rows = buffer.data(), *means = rows + ROWS * d;
     std::fill(rows, rows + 2 * ROWS * d, 0.0f); // rows beyond s · queries are 0, and count for nothing
     for (int64_t h = 0; h < s; h++)
-        for (int64_t q = 0; q < queries; q++)
-            for (int64_t i = 0; i < d; i++)
-                rows[(h * queries + q) * d + i] = prompt.scaling * prompt.query[((head * s + h) * n + first + q) * d + i];
-    multiply(rows, packed, tiles, d, weights);
+        for (int64_t q = 0; q < queries; q++) {
+            const float *query = head.query + h * prompt.query.head + (first + q) * prompt.query.token;
+            for (int64_t i = 0; i < d; i++) rows[(h * queries + q) * d + i] = prompt.scaling * query[i];
+        }
+    multiply(rows, head.keys, tiles, d, weights);
     for (int64_t tile = first / LANES; tile < tiles; tile++) // what later queries bring is not seen
         for (int64_t row = 0; row < ROWS; row++)
             for (int64_t lane = 0; lane < LANES; lane++)
@@ -160,43 +177,60 @@ void attend(
             for (int64_t row = 0; row < ROWS; row++) column_sums += factors[row] * load(weights + (t * ROWS + row) * LANES);
             store(column_sums, received + t * LANES);
         }
-        if (prompt.value) {
+        if (head.value) {
             const int64_t columns = std::min(end * LANES, last) - column;
-            average(weights + tile * ROWS * LANES, prompt.value + (head * n + column) * d, columns, d, means);
+            average(weights + tile * ROWS * LANES, head.values + column * d, columns, d, means);
         }
     }
-    if (!prompt.output) return;
+    if (!head.value) return;
     for (int64_t h = 0; h < s; h++)
-        for (int64_t q = 0; q < queries; q++)
-            for (int64_t i = 0; i < d; i++) {
-                const int64_t row = h * queries + q;
-                prompt.output[((head * s + h) * n + first + q) * d + i] = factors[row] * means[row * d + i];
-            }
+        for (int64_t q = 0; q < queries; q++) {
+            const int64_t row = h * queries + q;
+            float *output = head.output + h * prompt.output.head + (first + q) * prompt.output.token;
+            for (int64_t i = 0; i < d; i++) output[i] = factors[row] * means[row * d + i];
+        }
 }
 
 } // namespace
 
 extern "C" void less_read_prompt(const Prompt *given) {
     const Prompt &prompt = *given;
-    const int64_t n = prompt.n, d = prompt.d, queries = ROWS / prompt.s, blocks = (n - prompt.start + queries - 1) / queries;
-    const int64_t tiles = (n + TILES_AT_ONCE * LANES - 1) / (TILES_AT_ONCE * LANES) * TILES_AT_ONCE;
-    std::vector<float> packed(tiles * d * LANES), received(prompt.threads * tiles * LANES);
-    for (int64_t head = 0; head < prompt.heads; head++) {
+    const int64_t d = prompt.d, queries = ROWS / prompt.s;
+    const int64_t most_tiles = (prompt.n + TILES_AT_ONCE * LANES - 1) / (TILES_AT_ONCE * LANES) * TILES_AT_ONCE;
+    std::vector<float> keys(most_tiles * LANES * d), values(prompt.value.data ? most_tiles * LANES * d : 0);
+    std::vector<float> received(prompt.threads * most_tiles * LANES);
+    for (int64_t i = 0; i < prompt.b * prompt.g; i++) {
+        const int64_t row = i / prompt.g, kv_head = i % prompt.g, padding = prompt.padding[row];
+        const auto begin = [&](const States &states, int64_t heads) {
+            return states.data ? states.data + row * states.row + kv_head * heads * states.head + padding * states.token : nullptr;
+        };
+        const Head head = {
+            prompt.n - padding,
+            begin(prompt.query, prompt.s),
+            begin(prompt.key, 1),
+            begin(prompt.value, 1),
+            begin(prompt.output, prompt.s),
+            keys.data(),
+            values.data(),
+        };
+        const int64_t start = std::max<int64_t>(prompt.start - padding, 0), blocks = (head.n - start + queries - 1) / queries;
+        const int64_t tiles = (head.n + TILES_AT_ONCE * LANES - 1) / (TILES_AT_ONCE * LANES) * TILES_AT_ONCE;
         std::fill(received.begin(), received.end(), 0.0f);
 #pragma omp parallel num_threads(int(prompt.threads))
         {
             static thread_local std::vector<float> weights;
-            weights.resize(tiles * ROWS * LANES);
+            weights.resize(most_tiles * ROWS * LANES);
 #pragma omp for
-            for (int64_t tile = 0; tile < tiles; tile++) pack(prompt.key + head * n * d, n, d, tile, packed.data());
+            for (int64_t tile = 0; tile < tiles; tile++) pack(prompt, head, tile);
 #pragma omp for schedule(static, 1)
             for (int64_t lane = 0; lane < prompt.threads; lane++) // the same sums in the same order in every run
                 for (int64_t block = lane; block < blocks; block += prompt.threads) {
-                    const int64_t first = prompt.start + block * queries, last = std::min(first + queries, n);
-                    attend(prompt, head, packed.data(), first, last, weights.data(), received.data() + lane * tiles * LANES);
+                    const int64_t first = start + block * queries, last = std::min(first + queries, head.n);
+                    attend(prompt, head, first, last, weights.data(), received.data() + lane * most_tiles * LANES);
                 }
         }
         for (int64_t lane = 0; lane < prompt.threads; lane++)
-            for (int64_t j = 0; j < n; j++) prompt.received[head * n + j] += received[lane * tiles * LANES + j];
+            for (int64_t j = 0; j < head.n; j++)
+                prompt.received[i * prompt.n + padding + j] += received[lane * most_tiles * LANES + j];
     }
 }
