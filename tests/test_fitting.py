@@ -8,11 +8,11 @@ from hypothesis import strategies as st
 from strategies import SEEDS
 from transformers import DynamicCache
 
-from less_cache import H2O, AttentionMatching, LESSCache, LESSError, SinkRecent
+from less_cache import H2O, AttentionMatching, LESSCache, LESSError
 from less_cache.fitting import References, Seen, allot, ask, fit
 from less_cache.fitting.fit import MOST_BIAS
 from less_cache.memory import LayerCentroids
-from less_cache.ops.attention import attention_logits, group_heads, sparse_softmax
+from less_cache.ops.attention import attention_logits, sparse_softmax
 from less_cache.ops.call import AttentionCall
 from less_cache.slots import FORMATS, Columns, format_of
 

@@ -64,10 +64,11 @@ def read_next(setup: Setup, held: Held, call: AttentionCall, before: int) -> tup
 
 
 def _is_over(setup: Setup, held: Held, draft: Draft) -> bool:
-    over = draft.over(setup, held)
-    if over is None or bool(over.any()):
+    """Whether a head has more tokens than its budget; else all stay, and there is nothing to judge."""
+    draft.is_over = draft.over(setup, held)
+    if draft.is_over is None or bool(draft.is_over.any()):
         return True
-    draft.columns.scores = torch.zeros_like(draft.columns.positions, dtype=torch.float32)  # all stay
+    draft.columns.scores = torch.zeros_like(draft.columns.positions, dtype=torch.float32)
     return False
 
 
@@ -89,7 +90,7 @@ def _columns(held: Held, call: AttentionCall, positions: torch.Tensor) -> Column
         torch.cat([kept.keys, call.key_states], dim=2),
         torch.cat([kept.values, call.value_states], dim=2),
         torch.cat([kept.positions, positions.unsqueeze(1).expand(*kept.positions.shape[:2], -1)], dim=-1),
-        None,
+        held.slots.columns().scores,
         None if kept.bias is None else pad(kept.bias, (0, call.num_tokens)),
     )
 

@@ -12,6 +12,8 @@ from less_cache.ops.blocks import blocks
 from less_cache.ops.call import AttentionCall
 from less_cache.slots import Columns, Held, Setup, Slots
 
+NOTHING = -1.0  # score of a token that was never judged
+
 
 @dataclasses.dataclass
 class Draft:
@@ -21,6 +23,7 @@ class Draft:
     call: AttentionCall  # the block
     came: torch.Tensor  # [b] real tokens since the choice before
     tokens: int  # seen by now, padding included
+    is_over: torch.Tensor | None = None  # [b] bool, rows in which a head had more than its budget
     seen: Seen | None = None  # what reference queries see of all columns, where there is something to fit
 
     def over(self, setup: Setup, held: Held) -> torch.Tensor | None:
@@ -33,8 +36,13 @@ class Draft:
 
 def judge(setup: Setup, held: Held, draft: Draft, references: References, fits: bool) -> None:
     """Score the draft's columns by what the references see; keep that for a fit."""
-    virtual = _virtual_tokens(setup, held, draft, references, draft.came)
-    draft.columns.scores, seen = ask(references, draft.columns, setup.policy, draft.call, virtual)
+    virtual, policy, before = _virtual_tokens(setup, held, draft, references, draft.came), setup.policy, draft.columns.scores
+    scores, seen = ask(references, draft.columns, policy, draft.call, virtual)
+    if policy.asks_references and before is not None:  # of the kept tokens, which are the first columns
+        kept = before.shape[-1]
+        blended = policy.remember(before.float(), scores[..., :kept]).where(before >= 0, scores[..., :kept])
+        scores = torch.cat([blended, scores[..., kept:]], dim=-1)
+    draft.columns.scores = scores
     draft.seen = seen if fits else None
 
 
@@ -56,7 +64,10 @@ def choose(setup: Setup, held: Held, draft: Draft) -> None:
         grown = draft.tokens if setup.grows else None
         held.slots = Slots.keep(columns, keep, policy.capacity(counts), grown, setup.format)
         return
-    columns.scores = None
+    if draft.is_over is not None:  # elsewhere there was no choice, and there is nothing to remember of it
+        columns.scores = columns.scores.masked_fill(~draft.is_over.view(-1, 1, 1), NOTHING)
+    columns.scores = columns.scores.half()
+    columns.bias = None if columns.bias is None else columns.bias.half()
     held.slots = Slots.chosen(columns, keep, setup.format)
     held.is_whole = held.is_whole and not bool(leaves.any())
 

@@ -12,7 +12,7 @@ import torch
 from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel, StaticCache
 from transformers.cache_utils import DynamicLayer
 
-from less_cache.cache import footprint, snapshot
+from less_cache.cache import footprint, snapshot, spending
 from less_cache.cache.allotment import Allotment
 from less_cache.cache.footprint import MemoryFootprint
 from less_cache.cache.forward import Forward
@@ -21,11 +21,12 @@ from less_cache.cache.static import StaticLESSLayer
 from less_cache.errors import LESSError
 from less_cache.files.paths import expanded
 from less_cache.integration import hook
-from less_cache.integration.families import PREFIX_TUNING, check_supported, full_attention_layers, warn_untested
+from less_cache.integration.families import PREFIX_TUNING, check_supported, full_attention_layers, geometry, warn_untested
 from less_cache.integration.rotation import rotations
 from less_cache.kernels.check import check_kernels
 from less_cache.kernels.kernels import LESSKernels
-from less_cache.policies import H2O, USUAL_BUDGET, EvictionPolicy, policy_class, policy_from_dict
+from less_cache.policies import H2O, USUAL_BUDGET, AttentionMatching, EvictionPolicy, policy_class, policy_from_dict
+from less_cache.slots import format_of
 
 
 class LESSCache(Cache):
@@ -43,11 +44,20 @@ class LESSCache(Cache):
 
     Args:
         model: The model, or its config. With the model, the kernels' base model is checked too.
-        policy: What to keep, such as `H2O(heavy=64, recent=64)`. Default: the policy that the kernels were trained with.
-        kernels: φ and ψ; None: the plain sparse policy.
+        policy: What to keep, such as `H2O(heavy=64, recent=64)`. Default: the policy that the kernels were trained with;
+            without kernels `AttentionMatching`, fitted, in int4 slots and with heads that share one budget.
+        kernels: φ and ψ; None: what is not kept is lost.
         static: Fixed shapes and addresses, so that `generate` compiles decoding, as it does with a `StaticCache` on a GPU.
             The policy must have a budget, no tokens can be given back (`crop`), and only blocks of several tokens are checked
             against what was seen.
+        budget: Of the default policy: tokens a KV head (an int), or a share of the bytes that a 16-bit full cache has of the
+            prompt, all that is held counted (a float). Default: 5 %.
+        heads: How the budget is shared out: "equal", "adaptive" (one threshold on the scores over all heads of all layers, for
+            each prompt; layers choose when the last one has read it), or shares of your own, `[g]` for each layer under LESS, 1
+            on average.
+        slots: How kept keys and values are stored: "float" (as they are), "int8" or "int4".
+        fit: Whether kept tokens get biases and values at a prompt's end with which they give reference queries what all tokens
+            gave them. Default: as the policy wants, where it is known how the model's queries turn.
 
     Raises:
         LESSError: The model cannot work with a LESSCache, or the kernels belong to another model.
@@ -73,9 +83,10 @@ class LESSCache(Cache):
         policy: EvictionPolicy | None = None,
         kernels: LESSKernels | None = None,
         static: bool = False,
-        heads: str | Sequence[torch.Tensor] = "equal",
-        slots: str = "float",
-        fit: bool = False,
+        budget: int | float | None = None,
+        heads: str | Sequence[torch.Tensor] | None = None,
+        slots: str | None = None,
+        fit: bool | None = None,
     ):
         config = model if isinstance(model, PreTrainedConfig) else getattr(model, "config", None)
         if not isinstance(config, PreTrainedConfig):
@@ -86,12 +97,23 @@ class LESSCache(Cache):
                 "Load them with LESSKernels.from_pretrained(…)."
             )
         if policy is None and kernels is not None and kernels.config.policy is not None:
+            if budget is not None:
+                raise LESSError(
+                    f"LESSCache: expected a policy with budget={budget!r} and kernels. Use LESSCache.from_pretrained."
+                )
             try:
                 policy = policy_from_dict(kernels.config.policy)
             except LESSError as error:
                 raise LESSError(f"The kernels' config: {error} Pass policy= to use another.") from error
+        if policy is None and kernels is None and not static:
+            heads, slots = heads or "adaptive", slots or "int4"
+            policy = _fitted(USUAL_BUDGET if budget is None else budget, config, slots)
+        elif policy is not None and budget is not None:
+            raise LESSError(f"LESSCache: expected a budget or a policy, got budget={budget!r} and policy={policy!r}.")
         if not isinstance(policy, EvictionPolicy):
             raise LESSError(f"LESSCache: expected a policy such as H2O(heavy=64, recent=64), got {policy!r}.")
+        heads, slots, fit = heads or "equal", slots or "float", policy.asks_references if fit is None else fit
+        _check_together(policy, static, heads)
         loaded_model = None if isinstance(model, PreTrainedConfig) else model
         check_supported(config, loaded_model)
 
@@ -375,6 +397,35 @@ class LESSCache(Cache):
     def memory_footprint(self) -> MemoryFootprint:
         """Bytes held now, and what a full cache would take for as many tokens."""
         return footprint.measure(self.layers)
+
+
+def _fitted(budget: int | float, config: PreTrainedConfig, slots: str) -> EvictionPolicy:
+    """Attention matching for a budget in tokens, or in a share of a full cache's bytes."""
+    if isinstance(budget, int) and not isinstance(budget, bool):
+        return AttentionMatching.from_budget(budget)
+    return spending.within(budget, geometry(config), format_of(slots), state_numbers=0)
+
+
+def _check_together(policy: EvictionPolicy, static: bool, heads: str | Sequence[torch.Tensor]) -> None:
+    """Raise for what cannot go together, with the reason."""
+    if isinstance(heads, str) and heads not in ("equal", "adaptive"):
+        raise LESSError(f"LESSCache: expected heads to be 'equal', 'adaptive' or a tensor of shares a layer, got {heads!r}.")
+    if static and policy.block_size is not None:
+        raise LESSError(
+            f"LESSCache: static=True needs a step that is the same for every token, but {policy} chooses in blocks. "
+            "Use another policy, or static=False."
+        )
+    if isinstance(heads, str) and heads == "adaptive":
+        if static:
+            raise LESSError(
+                "LESSCache: static=True needs shapes that no prompt changes, but heads='adaptive' gives every prompt others. "
+                "Use heads='equal', shares of your own, or static=False."
+            )
+        if policy.compares_heads is False:
+            raise LESSError(
+                f"LESSCache: heads='adaptive' compares the scores of tokens over all heads, but {policy} has none to compare. "
+                "Use heads='equal', or another policy."
+            )
 
 
 def _takes_tokens(layer: Any) -> bool:

@@ -28,6 +28,7 @@ class EvictionPolicy(abc.ABC):
     """
 
     name: ClassVar[str]
+    compares_heads: ClassVar[bool] = True  # whether scores mean the same in every head, so that heads can share a budget
     asks_references: ClassVar[bool] = False  # whether `judge` gives the scores, from reference queries at a choice
 
     def __post_init__(self) -> None:
@@ -76,6 +77,10 @@ class EvictionPolicy(abc.ABC):
         `weights`: `[b, g, s, n, c]`, the softmax over all columns; `queries`: which of the n there are, bool `[b, n]`.
         """
         raise NotImplementedError(f"{type(self).__name__} does not ask for reference queries.")
+
+    def remember(self, before: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """What counts at a choice, of the `scores` from its reference queries and those of the choice `before`, `[b, g, c]`."""
+        return scores
 
     def renumbered(self, scores: torch.Tensor, moved: torch.Tensor) -> torch.Tensor:
         """Scores `[b, g, c]` once the token at position p of a row is at `moved[row, p]`, `[b, t]`, -1: it is gone."""

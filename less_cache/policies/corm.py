@@ -27,6 +27,7 @@ class CORM(EvictionPolicy):
     """
 
     name: ClassVar[str] = "corm"
+    compares_heads: ClassVar[bool] = False
 
     window: int | float = 256
     recent: int | float = 256

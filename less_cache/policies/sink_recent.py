@@ -25,6 +25,7 @@ class SinkRecent(EvictionPolicy):
     """
 
     name: ClassVar[str] = "sink_recent"
+    compares_heads: ClassVar[bool] = False
 
     sinks: int | float = dataclasses.field(default=4, metadata={"least": 0, "shared": True})
     recent: int | float = 124

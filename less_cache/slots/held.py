@@ -57,7 +57,7 @@ class Held:
             torch.cat([kept.keys, newest.keys[:, :, taken].to(kept.keys.dtype)], dim=2),
             torch.cat([kept.values, newest.values[:, :, taken].to(kept.values.dtype)], dim=2),
             torch.cat([kept.positions, newest.positions[:, None, taken].expand(b, g, -1)], dim=-1),
-            None,
+            None,  # the newest have no scores
             None if kept.bias is None else torch.nn.functional.pad(kept.bias, (0, newest.count)),
         )
 

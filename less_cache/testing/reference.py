@@ -91,7 +91,7 @@ def reference_attention(
     def weigh(
         query_states: torch.Tensor, at: torch.Tensor, sees: torch.Tensor, evicted: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Weights `[b, g, s, n, T]` of all tokens, and of those that are seen alone, and their sum, for the queries `[b, h, n, d]`
+        """Weights `[b, g, s, n, T]` of all tokens, those of the seen alone, and their sum, for the queries `[b, h, n, d]`
         at positions `at` `[b, n]`; `sees`: bool `[b, g, n, T]`, `evicted`: bool `[b, g, T]`.
         """
         logits = group_heads(query_states, g).double() @ keys.transpose(-1, -2) * scaling
@@ -113,7 +113,7 @@ def reference_attention(
         return weights, sparse, weights.sum(-1, keepdim=True) + sink_mass
 
     def asked_before(stop: int) -> torch.Tensor:
-        """The tokens whose queries a layer holds after `stop` tokens, by their places, -1: none; then the last one: `[b, k]`."""
+        """The tokens whose queries a layer holds after `stop` tokens, by place, -1: none; then the last one: `[b, k]`."""
         places = torch.full((b, asked.PLACES + 1), -1)
         for row, position in enumerate(row_positions[:, :stop].tolist()):
             for column in range(stop):
@@ -127,6 +127,7 @@ def reference_attention(
     settled = torch.zeros(b, dtype=torch.bool)
     counts = policy.resolve(torch.zeros(b, dtype=torch.long), shares)  # [b, f] or [b, g, f]
     start = since = 0  # since: tokens since the last choice
+    scored = torch.zeros(b, g, T, dtype=torch.bool)  # tokens that it kept
     evicted = torch.zeros(b, g, T, dtype=torch.bool)
     for n in blocks:
         rows = slice(start, start + n)
@@ -158,7 +159,12 @@ def reference_attention(
                 sees = present.unsqueeze(2).expand(b, g, asks.query_states.shape[2], T)
                 _, sparse, _ = weigh(asks.query_states, seen.unsqueeze(-1) + asks.later, sees, evicted)
                 judged = sparse / (sparse.sum(-1, keepdim=True) + sink_mass)
-                scores = policy.judge(judged.float(), asks.there)
+                judgement = policy.judge(judged.float(), asks.there)
+                blended = policy.remember(scores.half().float(), judgement)
+                capacity = policy.capacity(counts_by_head(counts))
+                assert capacity is not None, "who asks for references has a budget"
+                is_over = (present.sum(-1, keepdim=True) > capacity).any(1, keepdim=True)  # in some head of the row
+                scores = blended.where(scored, judgement).where(is_over, torch.zeros(()))
             else:
                 observed = sparse / (sparse.sum(-1, keepdim=True) + sink_mass) * real[:, None, None, rows, None]
                 scores = policy.observe(scores, observed.float(), row_positions[:, rows])
@@ -166,6 +172,7 @@ def reference_attention(
             held = policy.keep(scores, columns, seen.view(b, 1, 1), counts_by_head(counts))
             evicted = (token < stop) & real.unsqueeze(1) & ~held
             since = 0
+            scored = held & is_over if policy.asks_references else held
         biased = held.clone()
         kept.append(held)
         start = stop

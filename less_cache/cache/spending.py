@@ -1,0 +1,39 @@
+"""What a budget in bytes buys: how many tokens a KV head keeps for a share of a full cache's bytes."""
+
+import torch
+
+from less_cache.errors import LESSError
+from less_cache.integration.families import Geometry
+from less_cache.policies import AttentionMatching
+from less_cache.policies.base import MOST_TOKENS
+from less_cache.slots import SlotFormat
+from less_cache.slots.asked import PLACES
+
+BITS_16 = 2  # bytes a number of the full cache that a share is of
+BESIDE = 4 + 2 + 2  # bytes of a slot's position, score and bias
+
+
+def within(share: float, geometry: Geometry, format: SlotFormat, state_numbers: int, every: int = 32) -> AttentionMatching:
+    """Attention matching that holds, on average over its blocks, `share` of the bytes of a 16-bit full cache of the prompt.
+
+    All is counted: codes, scales, positions, scores and biases of slots, the newest tokens in 16 bits, the queries that are
+    held, and the state, `state_numbers` of float32 a KV head. Where the rest takes more than the share, few tokens stay.
+    """
+    if not isinstance(share, float) or not 0 < share <= 1:
+        raise LESSError(
+            "LESSCache: expected budget to be an int (tokens) or a float in (0, 1] (share of a full cache's bytes), "
+            f"got {share!r}."
+        )
+    d, queries = geometry.head_dim, geometry.num_attention_heads // geometry.num_key_value_heads
+    token = 2 * d * BITS_16
+    slot = 2 * _bytes_of(format, d) + BESIDE
+    newest = (every + 1) / 2 * (token + 4 / geometry.num_key_value_heads)
+    asked = PLACES * queries * _bytes_of(format, d)
+    spared = round((newest + asked + 4 * state_numbers) / slot)
+    tokens = share * token / slot  # for each of the prompt
+    return AttentionMatching(budget=tokens if tokens < 1 else MOST_TOKENS, every=every, spared=spared)
+
+
+def _bytes_of(format: SlotFormat, d: int) -> int:
+    """Of the `d` numbers of one key, value or query; of 16 bits each where they are not quantised."""
+    return sum(part.nbytes for part in format.encode(torch.zeros(d, dtype=torch.float16)).values())
