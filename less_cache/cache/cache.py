@@ -1,32 +1,35 @@
 """The cache that users pass to `generate`."""
 
 import copy
+import logging
 import os
 import sys
 import warnings
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel, StaticCache
 from transformers.cache_utils import DynamicLayer
 
-from less_cache.cache import footprint, snapshot, spending
+from less_cache.cache import footprint, snapshot
 from less_cache.cache.allotment import Allotment
 from less_cache.cache.footprint import MemoryFootprint
 from less_cache.cache.forward import Forward
 from less_cache.cache.layer import LESSLayer
+from less_cache.cache.options import Heads, Options, with_budget
 from less_cache.cache.static import StaticLESSLayer
 from less_cache.errors import LESSError
 from less_cache.files.paths import expanded
 from less_cache.integration import hook
-from less_cache.integration.families import PREFIX_TUNING, check_supported, full_attention_layers, geometry, warn_untested
+from less_cache.integration.families import PREFIX_TUNING, check_supported, full_attention_layers, warn_untested
 from less_cache.integration.rotation import rotations
 from less_cache.kernels.check import check_kernels
 from less_cache.kernels.kernels import LESSKernels
-from less_cache.policies import H2O, USUAL_BUDGET, AttentionMatching, EvictionPolicy, policy_class, policy_from_dict
-from less_cache.slots import format_of
+from less_cache.policies import H2O, USUAL_BUDGET, EvictionPolicy
+
+logger = logging.getLogger(__name__)
 
 
 class LESSCache(Cache):
@@ -45,8 +48,8 @@ class LESSCache(Cache):
     Args:
         model: The model, or its config. With the model, the kernels' base model is checked too.
         policy: What to keep, such as `H2O(heavy=64, recent=64)`. Default: the policy that the kernels were trained with;
-            without kernels `AttentionMatching`, fitted, in int4 slots and with heads that share one budget.
-        kernels: φ and ψ; None: what is not kept is lost.
+            without kernels `AttentionMatching`, fitted, in int4 slots, with adaptive heads and the untrained state.
+        kernels: φ and ψ; None: under a policy of your own, what is not kept is lost.
         static: Fixed shapes and addresses, so that `generate` compiles decoding, as it does with a `StaticCache` on a GPU.
             The policy must have a budget, no tokens can be given back (`crop`), and only blocks of several tokens are checked
             against what was seen.
@@ -84,36 +87,15 @@ class LESSCache(Cache):
         kernels: LESSKernels | None = None,
         static: bool = False,
         budget: int | float | None = None,
-        heads: str | Sequence[torch.Tensor] | None = None,
+        heads: Heads | None = None,
         slots: str | None = None,
         fit: bool | None = None,
     ):
         config = model if isinstance(model, PreTrainedConfig) else getattr(model, "config", None)
         if not isinstance(config, PreTrainedConfig):
             raise LESSError(f"LESSCache: expected a transformers model or its config, got {type(model).__name__}.")
-        if kernels is not None and not isinstance(kernels, LESSKernels):
-            raise LESSError(
-                f"LESSCache: expected kernels to be LESSKernels or None, got {type(kernels).__name__}. "
-                "Load them with LESSKernels.from_pretrained(…)."
-            )
-        if policy is None and kernels is not None and kernels.config.policy is not None:
-            if budget is not None:
-                raise LESSError(
-                    f"LESSCache: expected a policy with budget={budget!r} and kernels. Use LESSCache.from_pretrained."
-                )
-            try:
-                policy = policy_from_dict(kernels.config.policy)
-            except LESSError as error:
-                raise LESSError(f"The kernels' config: {error} Pass policy= to use another.") from error
-        if policy is None and kernels is None and not static:
-            heads, slots = heads or "adaptive", slots or "int4"
-            policy = _fitted(USUAL_BUDGET if budget is None else budget, config, slots)
-        elif policy is not None and budget is not None:
-            raise LESSError(f"LESSCache: expected a budget or a policy, got budget={budget!r} and policy={policy!r}.")
-        if not isinstance(policy, EvictionPolicy):
-            raise LESSError(f"LESSCache: expected a policy such as H2O(heavy=64, recent=64), got {policy!r}.")
-        heads, slots, fit = heads or "equal", slots or "float", policy.asks_references if fit is None else fit
-        _check_together(policy, static, heads)
+        options = Options.chosen(config, policy, kernels, static, budget, heads, slots, fit)
+        policy, kernels = options.policy, options.kernels
         loaded_model = None if isinstance(model, PreTrainedConfig) else model
         check_supported(config, loaded_model)
 
@@ -124,19 +106,21 @@ class LESSCache(Cache):
         if kernels is not None:
             check_kernels(kernels, config, full_attention, loaded_model)
         layer_class = StaticLESSLayer if static else LESSLayer
-        allotment = Allotment(len(full_attention)) if heads == "adaptive" else None
+        allotment = Allotment(len(full_attention)) if options.heads == "adaptive" else None
         turns: Any = {}
-        if loaded_model is not None and (policy.asks_references or fit):
-            turns = rotations(loaded_model)
+        if policy.asks_references or options.fit:
+            turns = {} if loaded_model is None else rotations(loaded_model)
+            known = "" if any(turns.values()) else "; how its queries turn is not known: they are not turned, nothing is fitted"
+            logger.info("LESSCache of %s: %s%s", config.model_type, options, known)
         for position, index in enumerate(full_attention):
             layers[index] = layer_class(
                 policy,
                 kernels.for_layer(index) if kernels is not None else None,
                 index,
                 leads=position == 0,
-                slots=slots,
-                shares=None if isinstance(heads, str) else heads[position],
-                fit=fit and turns.get(index) is not None,
+                slots=options.slots,
+                shares=options.shares(position),
+                fit=options.fit and turns.get(index) is not None,
                 rotation=turns.get(index),
                 allotment=allotment,
             )
@@ -152,6 +136,7 @@ class LESSCache(Cache):
         self.seen_mask: torch.Tensor | None = None  # which seen tokens the mask of the present forward shows, `[b, t]`
         self.policy = policy
         self.kernels = kernels
+        self.options = options
         self.config = config
         self._may_warn = True  # once about positions that the model was not trained for
         self._model = None if loaded_model is None else weakref.ref(loaded_model)  # asked for its weights when saved
@@ -193,7 +178,7 @@ class LESSCache(Cache):
             static: Fixed shapes, as in `LESSCache`.
         """
         kernels = LESSKernels.from_pretrained(folder_or_repo, revision=revision, token=token)
-        return cls(model, policy=_spending(budget, policy, kernels), kernels=kernels, static=static)
+        return cls(model, policy=with_budget(budget, policy, kernels), kernels=kernels, static=static)
 
     @classmethod
     def for_model(
@@ -222,7 +207,7 @@ class LESSCache(Cache):
         kernels = kernels_for(model, token)
         if kernels is None and policy is None:
             return cls(model, policy=H2O.from_budget(USUAL_BUDGET if budget is None else budget), static=static)
-        return cls(model, policy=_spending(budget, policy, kernels), kernels=kernels, static=static)
+        return cls(model, policy=with_budget(budget, policy, kernels), kernels=kernels, static=static)
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs
@@ -399,48 +384,6 @@ class LESSCache(Cache):
         return footprint.measure(self.layers)
 
 
-def _fitted(budget: int | float, config: PreTrainedConfig, slots: str) -> EvictionPolicy:
-    """Attention matching for a budget in tokens, or in a share of a full cache's bytes."""
-    if isinstance(budget, int) and not isinstance(budget, bool):
-        return AttentionMatching.from_budget(budget)
-    return spending.within(budget, geometry(config), format_of(slots), state_numbers=0)
-
-
-def _check_together(policy: EvictionPolicy, static: bool, heads: str | Sequence[torch.Tensor]) -> None:
-    """Raise for what cannot go together, with the reason."""
-    if isinstance(heads, str) and heads not in ("equal", "adaptive"):
-        raise LESSError(f"LESSCache: expected heads to be 'equal', 'adaptive' or a tensor of shares a layer, got {heads!r}.")
-    if static and policy.block_size is not None:
-        raise LESSError(
-            f"LESSCache: static=True needs a step that is the same for every token, but {policy} chooses in blocks. "
-            "Use another policy, or static=False."
-        )
-    if isinstance(heads, str) and heads == "adaptive":
-        if static:
-            raise LESSError(
-                "LESSCache: static=True needs shapes that no prompt changes, but heads='adaptive' gives every prompt others. "
-                "Use heads='equal', shares of your own, or static=False."
-            )
-        if policy.compares_heads is False:
-            raise LESSError(
-                f"LESSCache: heads='adaptive' compares the scores of tokens over all heads, but {policy} has none to compare. "
-                "Use heads='equal', or another policy."
-            )
-
-
 def _takes_tokens(layer: Any) -> bool:
     """Whether a layer holds anything; transformers puts empty ones where a model has no attention."""
     return type(layer).__name__ != "DummyLayer"  # older versions have no such class
-
-
-def _spending(budget: int | float | None, policy: EvictionPolicy | None, kernels: LESSKernels | None) -> EvictionPolicy | None:
-    """The policy that the kernels were trained with, at another budget; `policy` where no budget is given."""
-    if budget is None:
-        return policy
-    trained_with = (kernels.config.policy or {}).get("name") if kernels is not None else None
-    if policy is not None or trained_with is None:
-        raise LESSError(
-            f"LESSCache: expected a budget for the kernels' policy, got budget={budget!r}, policy={policy!r} and kernels "
-            f"trained with {trained_with!r}. Pass the whole policy instead, such as policy=H2O.from_budget({budget!r})."
-        )
-    return policy_class(trained_with).from_budget(budget)

@@ -23,6 +23,7 @@ from less_cache.policies import policy_from_dict
 from less_cache.version import __version__
 
 FORMAT_VERSION = 2  # 1: heads of one size without biases, stored as they are; 2: or others
+OPTIONS = ("heads", "slots", "fit")  # of a `LESSCache`, which its file repeats
 HEADER, DIGEST = "less_cache", "sha256"  # keys in the file's metadata
 
 
@@ -46,6 +47,7 @@ def save(cache: Any, path: Path) -> None:
         "policy": cache.policy.to_dict(),
         "kernels": None if cache.kernels is None else digest(cache.kernels.state_dict()),
         "layers": layers,
+        **cache.options.to_dict(),  # older versions know the usual ones alone, and what others hold is of format 2
     }
     write(path, header, tensors)
 
@@ -61,7 +63,10 @@ def load(
     """The cache of `cache_class` that `save` wrote."""
     header, tensors = read(path)
     _check_header(path, header)
-    cache = cache_class(model, policy=policy_from_dict(header["policy"]), kernels=kernels, static=static)
+    if kernels is None and header["kernels"] == digest({}):
+        kernels = LESSKernels.untrained(model)  # they have no weights
+    options = {name: header[name] for name in OPTIONS if name in header}
+    cache = cache_class(model, policy=policy_from_dict(header["policy"]), kernels=kernels, static=static, **options)
     _check_model(path, header, cache.config, cache.model)
     if header["kernels"] != (None if kernels is None else digest(kernels.state_dict())):
         had = "without kernels" if header["kernels"] is None else f"with kernels of digest {header['kernels'][:12]}…"
@@ -149,6 +154,9 @@ def _check_header(path: Path, header: dict) -> None:
             raise _damaged(path, f"expected an entry {name!r}, got {sorted(header)}")
         if not isinstance(header[name], kind):
             raise _damaged(path, f"expected {name!r} to be {KINDS[kind]}, got {header[name]!r}")
+    for name, kinds in {"heads": str | list, "slots": str, "fit": bool}.items():
+        if name in header and not isinstance(header[name], kinds):
+            raise _damaged(path, f"expected {name!r} to be one of {kinds}, got {header[name]!r}")
     for name in ("weights", "dtype"):  # newer than the format
         if not isinstance(header.get(name), str | None):
             raise _damaged(path, f"expected {name!r} to be a text or null, got {header[name]!r}")

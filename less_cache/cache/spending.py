@@ -4,6 +4,7 @@ import torch
 
 from less_cache.errors import LESSError
 from less_cache.integration.families import Geometry
+from less_cache.kernels.kernels import LESSKernels
 from less_cache.policies import AttentionMatching
 from less_cache.policies.base import MOST_TOKENS
 from less_cache.slots import SlotFormat
@@ -13,11 +14,13 @@ BITS_16 = 2  # bytes a number of the full cache that a share is of
 BESIDE = 4 + 2 + 2  # bytes of a slot's position, score and bias
 
 
-def within(share: float, geometry: Geometry, format: SlotFormat, state_numbers: int, every: int = 32) -> AttentionMatching:
-    """Attention matching that holds, on average over its blocks, `share` of the bytes of a 16-bit full cache of the prompt.
+def within(
+    share: float, geometry: Geometry, format: SlotFormat, kernels: LESSKernels | None, every: int = 32
+) -> AttentionMatching:
+    """Attention matching that holds `share` of the bytes of a 16-bit full cache of the prompt.
 
     All is counted: codes, scales, positions, scores and biases of slots, the newest tokens in 16 bits, the queries that are
-    held, and the state, `state_numbers` of float32 a KV head. Where the rest takes more than the share, few tokens stay.
+    held, and the state. Where the rest takes more than the share, few tokens stay.
     """
     if not isinstance(share, float) or not 0 < share <= 1:
         raise LESSError(
@@ -27,11 +30,20 @@ def within(share: float, geometry: Geometry, format: SlotFormat, state_numbers: 
     d, queries = geometry.head_dim, geometry.num_attention_heads // geometry.num_key_value_heads
     token = 2 * d * BITS_16
     slot = 2 * _bytes_of(format, d) + BESIDE
-    newest = (every + 1) / 2 * (token + 4 / geometry.num_key_value_heads)
+    newest = every * (token + 4 / geometry.num_key_value_heads)
     asked = PLACES * queries * _bytes_of(format, d)
-    spared = round((newest + asked + 4 * state_numbers) / slot)
+    spared = round((newest + asked + _bytes_of_state(kernels, d)) / slot)
     tokens = share * token / slot  # for each of the prompt
     return AttentionMatching(budget=tokens if tokens < 1 else MOST_TOKENS, every=every, spared=spared)
+
+
+def _bytes_of_state(kernels: LESSKernels | None, d: int) -> float:
+    """Of what a KV head remembers evicted tokens in, mean over layers."""
+    if kernels is None:
+        return 0.0
+    memories = [kernels.for_layer(index) for index in kernels.config.layers]
+    states = [memory.empty_state(1, 1, d, torch.device("cpu")) for memory in memories]
+    return sum(tensor.nbytes for state in states for tensor in vars(state).values()) / max(1, len(states))
 
 
 def _bytes_of(format: SlotFormat, d: int) -> int:

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from less_cache import models
 from less_cache.errors import LESSError
-from less_cache.evaluation.perplexity import Measurement, measure, stretches
+from less_cache.evaluation.perplexity import Measurement, growing, measure, stretches
 from less_cache.evaluation.plot import draw
 from less_cache.integration.families import fingerprint
 from less_cache.kernels.kernels import LESSKernels
@@ -67,7 +67,7 @@ def run(
     results: list[list[dict]] = []
     for policy in policies:
         with Progress(console=console, transient=True) as progress:
-            caches = 3 + len(dataclasses.fields(policy)) + (kernels is not None)
+            caches = 3 + len(growing(policy)) + (kernels is not None)
             task = progress.add_task(str(policy), total=caches * batches)
             advance = functools.partial(progress.advance, task)
             rows = measure(model, tokens, policy, kernels, prompt_length, batch_size, advance, measured)

@@ -97,8 +97,8 @@ def measure(
         run("full", lambda: DynamicCache(config=model.config), None),
         run("policy", less(policy, None), policy),
     ]
-    for field in dataclasses.fields(policy):
-        larger = with_state_bytes(policy, kernels or untrained, model.dtype.itemsize, field.name)
+    for name in growing(policy):
+        larger = with_state_bytes(policy, kernels or untrained, model.dtype.itemsize, name)
         rows.append(run("baseline+", less(larger, None), larger))
     rows.append(run("untrained", less(policy, untrained), policy))
     if kernels is not None:
@@ -110,17 +110,24 @@ def measure(
     return rows
 
 
-def with_state_bytes(policy: EvictionPolicy, kernels: LESSKernels, itemsize: int, count: str = "recent") -> EvictionPolicy:
+def growing(policy: EvictionPolicy) -> list[str]:
+    """The policy's counts that may be a fraction of the prompt: tokens that it keeps."""
+    return [field.name for field in dataclasses.fields(policy) if not field.metadata.get("whole", False)]
+
+
+def with_state_bytes(policy: EvictionPolicy, kernels: LESSKernels, itemsize: int, count: str | None = None) -> EvictionPolicy:
     """The policy with as many more tokens as the low-rank state's bytes would hold, rounded up.
 
-    The state takes 4 (R·d + R) bytes a KV head, R the mean of the layers', a token 2·d·itemsize. `count`: which of the
-    policy's counts grows. Counts of a policy without a budget, such as CORM, are not tokens: what it keeps then is measured.
+    The state takes 4 (R·d + R) bytes a KV head, R the mean of the layers', a token 2·d·itemsize. `count`: which of the policy's
+    counts grows, the last one by default. Counts of a policy without a budget, such as CORM, are not tokens: what it keeps then
+    is measured.
     """
     if policy.is_fractional:
         raise LESSError(f"Expected token counts, got fractions: {policy}.")
     config = kernels.config
     state = 4 * sum(config.ranks) * (config.head_dim + 1)
     tokens = -(-state // (2 * config.head_dim * itemsize * max(1, len(config.ranks))))
+    count = count or growing(policy)[-1]
     return dataclasses.replace(policy, **{count: getattr(policy, count) + tokens})
 
 

@@ -104,7 +104,7 @@ class Rows:
         shares = budgets / means.unsqueeze(-1)
         of_rows = policy.by_head(policy.resolve(self.seen), shares)
         self.counts = torch.where(rows[:, None, None], of_rows, counts)
-        self.allotted = rows if self.allotted is None else self.allotted | rows
+        self.allotted = rows.clone() if self.allotted is None else self.allotted | rows  # of this layer alone
 
     def counts_by_head(self) -> torch.Tensor:
         """The policy's token counts in the form that its methods take, `[f, b, 1 or g, 1]`."""
