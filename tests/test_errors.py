@@ -62,7 +62,7 @@ def sized(**sizes) -> LESSKernels:
 
 
 CONSTRUCTION = {
-    "no policy": (lambda: LESSCache(tiny_llama()), "expected a policy such as H2O", "got None"),
+    "no policy": (lambda: LESSCache(tiny_llama(), static=True), "expected a policy such as H2O", "got None"),
     "policy by name": (lambda: LESSCache(tiny_llama(), "h2o"), "expected a policy such as H2O", "got 'h2o'"),
     "policy class": (lambda: LESSCache(tiny_llama(), H2O), "expected a policy such as H2O", "got <class"),
     "no model": (lambda: LESSCache(POLICY, POLICY), "expected a transformers model or its config", "got H2O"),
@@ -124,12 +124,12 @@ CONSTRUCTION = {
     ),
     "unknown policy in the kernels": (
         lambda: LESSCache(tiny_llama(), kernels=kernels_of(policy={"name": "h3o"})),
-        "['corm', 'h2o', 'sink_recent']",
+        "['attention_matching', 'corm', 'h2o', 'sink_recent']",
         "got 'h3o'",
     ),
     "no policy name in the kernels": (
         lambda: LESSCache(tiny_llama(), kernels=kernels_of(policy={"name": ["h2o"]})),
-        "['corm', 'h2o', 'sink_recent']",
+        "['attention_matching', 'corm', 'h2o', 'sink_recent']",
         "got ['h2o']",
     ),
     "unknown count in the kernels": (

@@ -17,7 +17,10 @@ each_policy = pytest.mark.parametrize("policy", POLICIES, ids=repr)
 
 
 def loss_of(model, cache, tokens, **options) -> torch.Tensor:
-    return model(tokens, past_key_values=cache, **options).logits.square().mean()
+    logits = model(tokens, past_key_values=cache, **options).logits
+    if "attention_mask" in options:  # what is computed at padding means nothing
+        logits = logits[options["attention_mask"].bool()]
+    return logits.square().mean()
 
 
 def gradients_of(model, cache, **options) -> list[torch.Tensor]:

@@ -64,7 +64,7 @@ def test_a_budget_of_all_tokens_gives_the_full_caches_logits(model, blocks, b, w
 def test_every_layer_of_a_model_equals_the_reference(name, data):
     model, blocks = data.draw(models), data.draw(partitions())
     length = sum(blocks)
-    cache = LESSCache(model, policy=data.draw(policies(name, fractions=True)), kernels=tiny.tiny_kernels(model))
+    cache = LESSCache(model, policy=data.draw(policies(name, fractions=True)), kernels=tiny.tiny_kernels(model), fit=False)
     real = torch.arange(length) >= torch.tensor([[0], [data.draw(st.integers(0, length - 1))]])
     taken = [([], [], [], []) for _ in cache.layers]  # queries, keys, values, outputs of each block
     attend = LESSLayer.attend
@@ -79,7 +79,8 @@ def test_every_layer_of_a_model_equals_the_reference(name, data):
         logits(model, cache, random_tokens(2, length, data.draw(SEEDS)), blocks, real)
     for layer, recordings in zip(cache.layers, taken, strict=True):
         *states, output = (torch.cat(each, dim=2) for each in recordings)  # [b, h or g, T, d]
-        expected, kept = reference_attention(*states, cache.policy, blocks, layer.setup.memory, real)
+        options = {"rotation": layer.setup.rotation}
+        expected, kept = reference_attention(*states, cache.policy, blocks, layer.setup.memory, real, **options)
         assert torch.equal(tiny.held_tokens(layer, real), kept[-1])
         wanted = real[:, None, :, None].expand_as(output)
         torch.testing.assert_close(output[wanted], expected[wanted].float(), rtol=1e-4, atol=1e-5)
@@ -124,7 +125,7 @@ def test_kernels_never_change_what_the_first_layer_keeps(name, data):
     """Deeper layers see other queries and keys, because the kernels change the outputs before them."""
     blocks, policy = data.draw(partitions()), data.draw(policies(name))
     tokens = random_tokens(2, sum(blocks), data.draw(SEEDS))
-    caches = [LESSCache(MODEL, policy=policy, kernels=kernels) for kernels in (None, tiny.tiny_kernels(MODEL))]
+    caches = [LESSCache(MODEL, policy=policy, kernels=kernels, fit=False) for kernels in (None, tiny.tiny_kernels(MODEL))]
     for cache in caches:
         logits(MODEL, cache, tokens, blocks)
     assert torch.equal(caches[0].layers[0].held.slots.positions, caches[1].layers[0].held.slots.positions)

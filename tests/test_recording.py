@@ -32,7 +32,7 @@ def assert_equal_layers(layer: LESSLayer, other: LESSLayer) -> None:
     columns, other_columns = layer.held.slots.columns(), other.held.slots.columns()
     for name in ("positions", "scores"):
         assert torch.equal(getattr(columns, name), getattr(other_columns, name)), name
-    held = columns.positions >= 0
+    held = layer.positions >= 0
     assert torch.equal(layer.keys[held], other.keys[held]) and torch.equal(layer.values[held], other.values[held])
     if layer.held.state is not None:
         assert torch.equal(layer.held.state.values_sum, other.held.state.values_sum)

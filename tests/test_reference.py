@@ -62,14 +62,18 @@ def test_reference_equals_one_head_written_out(seed, heavy, recent, prompt, step
 @given(st.data())
 def test_padding_does_not_change_the_reference(name, data):
     case = data.draw(cases(name, padding="anywhere"))
-    output, kept = reference_attention(*case.states, case.policy, case.blocks, case.kernels, case.real)
+    if case.policy.block_size is not None:  # its choices come after so many tokens, padding included, from the prompt on
+        case.real[:, case.blocks[0] - 1 :] = True
+    options = {"rotation": case.rotation}
+    output, kept = reference_attention(*case.states, case.policy, case.blocks, case.kernels, case.real, **options)
     for row, real in enumerate(case.real):
         if not real.any():
             assert not kept[:, row].any()
             continue
         alone = [states[row : row + 1, :, real] for states in case.states]
         blocks = [int(block.sum()) for block in real.split(case.blocks)]
-        row_output, row_kept = reference_attention(*alone, case.policy, [n for n in blocks if n], case.kernels)
+        blocks = [n for n in blocks if n]
+        row_output, row_kept = reference_attention(*alone, case.policy, blocks, case.kernels, **options)
         torch.testing.assert_close(output[row : row + 1, :, real], row_output, rtol=1e-5, atol=1e-6)  # φ, ψ are float32
         assert torch.equal(kept[-1][row, :, real], row_kept[-1][0])
 

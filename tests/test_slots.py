@@ -143,7 +143,7 @@ def test_tensors_are_all_that_there_is(sizes, seed):
 
 
 def test_an_unknown_format():
-    with pytest.raises(LESSError, match="Expected slots to be one of float, got 'int3'"):
+    with pytest.raises(LESSError, match="Expected slots to be one of float, int8, int4, got 'int3'"):
         format_of("int3")
 
 

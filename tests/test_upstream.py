@@ -40,7 +40,8 @@ PRIVATE = {  # hook.py alone uses these
     "_model_mapping": lambda: AutoModelForCausalLM,
     "_split_heads": lambda: modeling_falcon.FalconAttention,
 }
-OF_TORCH = {  # where a model's weights are, by module
+OF_TORCH = {  # where a model's weights are, and whether a tensor was changed, by module
+    "ops.masks": {"_version"},
     "integration.weights": {"_modules", "_non_persistent_buffers_set", "_parameters", "_weight_bias"},
 }
 FALCON = ["query_key_value", "layer_idx", "inv_norm_factor", "is_causal", "dense"]  # of its attention

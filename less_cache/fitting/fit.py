@@ -47,7 +47,8 @@ def fit(
         rest = rest - (call.sinks.float().view(1, *logits.shape[1:3], 1, 1) - seen.log_sum).exp()
     if virtual is not None:
         rest = rest - (virtual[0] - seen.log_sum).exp().sum(-1, keepdim=True)
-    bias = _masses(shares, (rest.clamp_min(0.05) * there).flatten(2, 4)).log()  # [b, g, t]
+    asked = seen.references.there.sum(-1).clamp_min(1).view(-1, 1, 1, 1) * logits.shape[2]  # queries, [b, 1, 1, 1]
+    bias = _masses(shares, (rest.clamp_min(0.05) * there).flatten(2, 4), MASS_RIDGE * asked).log()  # [b, g, t]
 
     values, output = kept.values.float(), (seen.output * there).flatten(2, 3)  # [b, g, n, w]
     if virtual is not None:
@@ -60,7 +61,8 @@ def fit(
         return (sparse_softmax(biased, call.sinks)[0] * there).flatten(2, 3)  # [b, g, n, t + r]
 
     fitted = weights(bias[:, :, None, None])
-    change = _ridge(fitted, output - fitted @ values)
+    columns = alive.sum(-1)[..., None, None].clamp_min(1) + (0 if virtual is None else virtual[1].shape[2])  # [b, g, 1, 1]
+    change = _ridge(fitted, output - fitted @ values, VALUE_RIDGE * asked / columns)
     before = (output - weights(0.0) @ values).square().sum((2, 3), keepdim=True)  # [b, g, 1, 1]
     after = (output - fitted @ (values + change)).square().sum((2, 3), keepdim=True)
     better = after < before  # never where something is not finite
@@ -72,11 +74,10 @@ def fit(
     return bias, values[:, :, :t] + change[:, :, :t], None if virtual is None else change[:, :, t:]
 
 
-def _masses(shares: torch.Tensor, rest: torch.Tensor) -> torch.Tensor:
+def _masses(shares: torch.Tensor, rest: torch.Tensor, ridge: torch.Tensor) -> torch.Tensor:
     """Factors `[b, g, t]` of the tokens' shares `[b, g, n, t]` whose sum is `rest` `[b, g, n]`, by accelerated gradient steps
     within the bounds.
     """
-    ridge = MASS_RIDGE * shares.shape[2]
     transposed = shares.transpose(-1, -2)
     target = transposed @ rest.unsqueeze(-1) + ridge  # [b, g, t, 1]
     # The shares are not negative, so that the largest row sum of their square bounds its eigenvalues.
@@ -92,17 +93,16 @@ def _masses(shares: torch.Tensor, rest: torch.Tensor) -> torch.Tensor:
     return factors.squeeze(-1)
 
 
-def _ridge(weights: torch.Tensor, missing: torch.Tensor) -> torch.Tensor:
+def _ridge(weights: torch.Tensor, missing: torch.Tensor, ridge: torch.Tensor) -> torch.Tensor:
     """The least change of values `[b, g, t, w]` for which `weights` `[b, g, n, t]` give what is `missing` `[b, g, n, w]`."""
     n, t = weights.shape[-2:]
-    ridge = VALUE_RIDGE * n / t
     transposed = weights.transpose(-1, -2)
     if n < t:  # the smaller of two systems with the same solution
         return transposed @ _solve(weights @ transposed, ridge, missing)
     return _solve(transposed @ weights, ridge, transposed @ missing)
 
 
-def _solve(matrix: torch.Tensor, ridge: float, right: torch.Tensor) -> torch.Tensor:
+def _solve(matrix: torch.Tensor, ridge: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """(matrix + ridge)⁻¹ right, by Cholesky in float64; NaN where that fails."""
     size = matrix.shape[-1]
     matrix = matrix.double() + ridge * torch.eye(size, dtype=torch.float64, device=matrix.device)
