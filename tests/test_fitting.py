@@ -375,6 +375,24 @@ def test_a_fitted_cache_is_nearer_than_h2o():
     assert off(LESSCache(MODEL, AttentionMatching(16), heads="adaptive")) < 0.7 * off(LESSCache(MODEL, H2O(8, 8)))
 
 
+@pytest.mark.parametrize("heads", ["equal", "adaptive"])
+@torch.no_grad()
+def test_a_padded_row_is_fitted_as_alone(heads):
+    """Padding on the left is nothing to choose from, to ask by or to fit."""
+    real = torch.arange(60) >= torch.tensor([[0], [17]])
+    options = {"heads": heads, "kernels": tiny.tiny_kernels(MODEL)}
+    cache, alone = (LESSCache(MODEL, AttentionMatching(12, every=4), **options) for _ in range(2))
+    MODEL(TEXT[:, :60], attention_mask=real.long(), position_ids=(real.cumsum(-1) - 1).clamp_min(0), past_key_values=cache)
+    MODEL(TEXT[1:, 17:60], past_key_values=alone)
+    for padded, unpadded in zip(cache.layers, alone.layers, strict=True):
+        assert tiny.held_positions(padded)[1] == tiny.held_positions(unpadded)[0]
+        held, wanted = padded.held.slots.columns(), unpadded.held.slots.columns()
+        there = wanted.positions[0] >= 0
+        for name in ("keys", "values", "bias"):
+            given = getattr(held, name)[1, :, : there.shape[1]]
+            torch.testing.assert_close(given[there], getattr(wanted, name)[0][there], rtol=1e-2, atol=1e-2)
+
+
 @pytest.mark.parametrize("slots", list(FORMATS))
 @torch.no_grad()
 def test_all_of_it_is_saved_and_forked(slots, tmp_path):
