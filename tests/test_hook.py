@@ -75,7 +75,7 @@ def test_the_first_cache_installs(pristine):
 def test_a_refused_cache_installs_nothing(pristine):
     before = patched()
     with pytest.raises(LESSError):
-        LESSCache(tiny_llama(), policy=None)
+        LESSCache(tiny_llama(), policy="h2o")
     assert patched() == before
 
 

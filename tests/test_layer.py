@@ -126,7 +126,7 @@ def test_heads_with_budgets_and_tokens_with_biases_equal_the_reference(name, pad
     """Of the first block every token gets a bias; the layer is made anew from its tensors in between."""
     case = data.draw(cases(name, padding=padding, fractions=True, uneven=True))
     case.real = None if padding == "none" else case.real
-    if case.real is not None and case.policy.block_size is not None:
+    if case.real is not None:
         case.real[:, case.blocks[0] - 1] = True  # a step does not say how long a prompt of one token is
     b, g, length, _ = case.states[1].shape
     first = case.blocks[0]
