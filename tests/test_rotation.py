@@ -12,11 +12,12 @@ import torch
 import zoo
 from accelerate import cpu_offload
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import CONFIG_MAPPING, PreTrainedModel
 
 from less_cache import H2O, LESSCache, models
 from less_cache.cache.layer import LESSLayer
 from less_cache.integration import Rotation, full_attention_layers, rotations
+from less_cache.integration.families import SUPPORTED
 
 STEPS = torch.tensor([0, 1, 7, 100])
 START, LENGTH = 3, 12  # of the text that is shifted
@@ -62,6 +63,8 @@ BY_SLOT = {"minimax_m3_vl_text"}  # its sparse layers take positions for places 
 
 @functools.cache
 def model_of(name: str) -> PreTrainedModel:
+    if name in SUPPORTED and name not in CONFIG_MAPPING:
+        pytest.skip(f"this version of transformers has no {name}")
     return zoo.build(name)
 
 
