@@ -1,5 +1,7 @@
 """Choosing and fitting: reference queries, head budgets, biases and values, and the formats of slots."""
 
+from unittest import mock
+
 import pytest
 import tiny
 import torch
@@ -15,6 +17,7 @@ from less_cache.memory import LayerCentroids
 from less_cache.ops.attention import attention_logits, sparse_softmax
 from less_cache.ops.call import AttentionCall
 from less_cache.slots import FORMATS, Columns, format_of
+from less_cache.slots.formats import Int4Slots
 
 MODEL = tiny.tiny_llama()
 TEXT = torch.randint(2, tiny.VOCAB, (2, 90), generator=torch.Generator().manual_seed(0))
@@ -407,3 +410,59 @@ def test_all_of_it_is_saved_and_forked(slots, tmp_path):
     for other in others:
         logits = [MODEL(TEXT[:, token : token + 1], past_key_values=other).logits for token in range(50, 80)]
         assert torch.equal(torch.cat(logits), torch.cat(expected))
+
+
+@pytest.mark.parametrize("heads", ["equal", "adaptive"])
+@torch.no_grad()
+def test_a_long_prompt_that_is_recorded_loses_nothing(heads):
+    """Adaptive heads wait for all layers, with all of the prompt; what is given back later is the end of the text alone."""
+    text = torch.randint(2, tiny.VOCAB, (1, 310), generator=torch.Generator().manual_seed(0))
+    caches = [LESSCache(MODEL, AttentionMatching(400, every=8), heads=heads) for _ in range(2)]
+    caches[1].activate_past_recording()
+    for cache in caches:
+        MODEL(text[:, :300], past_key_values=cache)
+    for layer in caches[1].layers:
+        assert tiny.held_positions(layer) == [[list(range(300))] * 2]
+    MODEL(text[:, 300:304], past_key_values=caches[1])
+    caches[1].crop(-4)
+    logits = [MODEL(text[:, 300:], past_key_values=cache).logits for cache in caches]
+    torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_recorded_prompt_is_chosen_from_as_one():
+    cache, recorded = (LESSCache(MODEL, AttentionMatching(20, every=8), heads="adaptive") for _ in range(2))
+    text = torch.randint(2, tiny.VOCAB, (1, 300), generator=torch.Generator().manual_seed(0))
+    recorded.activate_past_recording()
+    for each in (cache, recorded):
+        MODEL(text, past_key_values=each)
+    for layer, other in zip(cache.layers, recorded.layers, strict=True):
+        assert tiny.held_positions(layer) == tiny.held_positions(other)
+
+
+@torch.no_grad()
+def test_an_interrupted_prompt_is_not_held():
+    """What layers had read and not chosen from is let go with `reset`, and nothing of it is in the next text."""
+    cache, fresh = (LESSCache(MODEL, AttentionMatching(12), heads="adaptive") for _ in range(2))
+    interrupted = mock.patch.object(cache.layers[1], "attend", side_effect=RuntimeError("stop"))
+    with interrupted, pytest.raises(RuntimeError, match="stop"):
+        MODEL(TEXT[:, :60], past_key_values=cache)
+    assert len(cache.layers[0].allotment.waiting) == 1
+    with pytest.raises(LESSError, match="reset"):
+        MODEL(TEXT[:, :60], past_key_values=cache)
+    cache.reset()
+    assert not cache.layers[0].allotment.waiting
+    logits = [MODEL(TEXT[:, :60], past_key_values=each).logits for each in (cache, fresh)]
+    assert torch.equal(*logits) and torch.equal(budgets(cache), budgets(fresh))
+
+
+@torch.no_grad()
+def test_a_step_decodes_its_slots_once():
+    """What a step reads of the slots is decoded once for keys and once for values, unless it ends with a choice."""
+    cache = LESSCache(MODEL, AttentionMatching(12, every=8), slots="int4")
+    MODEL(TEXT[:, :40], past_key_values=cache)
+    decoded = []
+    decode = Int4Slots.decode
+    with mock.patch.object(Int4Slots, "decode", lambda self, stored, dtype: decoded.append(1) or decode(self, stored, dtype)):
+        MODEL(TEXT[:, 40:41], past_key_values=cache)
+    assert len(decoded) == 2 * len(cache.layers)

@@ -25,8 +25,7 @@ STEP_POLICIES = [H2O(2, 3), SinkRecent(2, 3), CORM(3, 2)]
 def small_blocks():
     """Small inner blocks, so that a dozen tokens reach every path."""
     small = {
-        "less_cache.backends.torch.QUERY_BLOCK": 3,
-        "less_cache.backends.blocks.QUERY_BLOCK": 3,
+        "less_cache.backends.reading.QUERY_BLOCK": 3,
         "less_cache.slots.slots.SPARE_SLOTS": 2,
         "less_cache.slots.asked.PLACES": 2,
         "less_cache.slots.asked.STRIDE": 3,

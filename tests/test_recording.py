@@ -18,7 +18,7 @@ STEP_POLICIES = [H2O(2, 3), SinkRecent(2, 3), CORM(3, 2)]
 @pytest.fixture(autouse=True, scope="module")
 def small_blocks():
     """Small inner blocks, so that a dozen tokens reach every path."""
-    with mock.patch("less_cache.backends.torch.QUERY_BLOCK", 3), mock.patch("less_cache.slots.slots.SPARE_SLOTS", 2):
+    with mock.patch("less_cache.backends.reading.QUERY_BLOCK", 3), mock.patch("less_cache.slots.slots.SPARE_SLOTS", 2):
         yield
 
 

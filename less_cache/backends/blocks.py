@@ -4,23 +4,21 @@ Axes: `b` rows, `h` query heads, `g` KV heads, `n` new tokens, `c` columns, `d` 
 """
 
 import torch
-from torch.nn.functional import pad
 
 from less_cache.backends.choice import Draft, judge
+from less_cache.backends.reading import query_blocks, virtual_tokens
 from less_cache.fitting import References
 from less_cache.ops.attention import less_attention
 from less_cache.ops.call import AttentionCall
 from less_cache.ops.masks import visible_new
 from less_cache.slots import Asked, Columns, Held, Newest, Setup
 
-QUERY_BLOCK = 256  # queries attended at once: memory is O(QUERY_BLOCK · columns)
-
 
 def read_first(setup: Setup, held: Held, call: AttentionCall, tokens: int) -> Draft:
     """A block that nothing precedes; the model's own attention gives its output. `tokens`: seen after it."""
     policy = setup.policy
     b, g, n, _ = call.key_states.shape
-    real = call.key_states.new_ones(b, n, dtype=torch.bool) if call.real is None else call.real
+    real = call.real_tokens
     positions = held.rows.read(real, policy, setup.shares)  # [b, n]
     by_head = positions.unsqueeze(1).expand(b, g, n)
     held.newest = Newest.empty(call.key_states, call.value_states, policy.block_size, setup.format.is_exact, positions.device)
@@ -40,8 +38,7 @@ def read_next(setup: Setup, held: Held, call: AttentionCall, before: int) -> tup
     Returns their output, `[b, h, n, w]`, and what there is to choose from, once there are tokens for a choice.
     """
     policy, rows, newest = setup.policy, held.rows, held.newest
-    b, n = call.key_states.shape[0], call.num_tokens
-    real = call.key_states.new_ones(b, n, dtype=torch.bool) if call.real is None else call.real
+    n, real = call.num_tokens, call.real_tokens
     came = (newest.positions >= 0).sum(-1)  # [b]
     if n == 1:
         positions = rows.seen.int().unsqueeze(-1).masked_fill(~real, -1)
@@ -49,13 +46,14 @@ def read_next(setup: Setup, held: Held, call: AttentionCall, before: int) -> tup
     else:
         positions = rows.read(real, policy, setup.shares)  # [b, n]
     held.is_whole = held.is_whole and call.real is None
-    columns = _columns(held, call, positions)
+    columns = held.slots.columns().followed_by(newest.taken(), (call.key_states, call.value_states, positions))
     output = _attend(setup, held, call, columns, positions, came, real)
     held.asked.put(call.query_states, positions)
     if newest.room >= n:
         newest.put(call.key_states, call.value_states, positions)
         if newest.room:
             return output, None
+    columns.scores = held.slots.scores_by_column()  # of the kept ones, which come first
     draft = Draft(columns, call, came + real.sum(-1), before + n)
     if _is_over(setup, held, draft):
         judge(setup, held, draft, _references(setup, held, call, positions), setup.fit and n > policy.block_size)
@@ -83,18 +81,6 @@ def _references(setup: Setup, held: Held, call: AttentionCall, positions: torch.
     return References.turned(setup.rotation, queries, at, seen, torch.full_like(seen, at.shape[-1]), setup.policy.block_size)
 
 
-def _columns(held: Held, call: AttentionCall, positions: torch.Tensor) -> Columns:
-    """What is kept, the newest tokens, then the new ones at `positions` `[b, n]`."""
-    kept = held.columns()
-    return Columns(
-        torch.cat([kept.keys, call.key_states], dim=2),
-        torch.cat([kept.values, call.value_states], dim=2),
-        torch.cat([kept.positions, positions.unsqueeze(1).expand(*kept.positions.shape[:2], -1)], dim=-1),
-        held.slots.columns().scores,
-        None if kept.bias is None else pad(kept.bias, (0, call.num_tokens)),
-    )
-
-
 def _attend(
     setup: Setup,
     held: Held,
@@ -112,16 +98,13 @@ def _attend(
     alive = (columns.positions[..., : c - n] >= 0).unsqueeze(2)  # [b, g, 1, c − n]
     first = held.rows.seen - real.sum(-1) - came  # [b], tokens that the state knows of
     outputs = []
-    for start in range(0, n, QUERY_BLOCK):
-        queries = slice(start, min(start + QUERY_BLOCK, n))
+    for queries in query_blocks(0, call, c):
         new = visible_new(call.attention_mask, real, queries)  # [b, 1, queries, new]
         visible = torch.cat([alive.expand(-1, -1, new.shape[2], -1), new.expand(-1, alive.shape[1], -1, -1)], dim=-1)
         some = slice(visible.shape[-1])
         query_states = call.query_states[:, :, queries]
-        virtual = None
-        if setup.memory is not None:
-            later = (positions[:, queries] - first.unsqueeze(-1)).clamp_min(0)
-            virtual = setup.memory.virtual_tokens(held.state, query_states, call.scaling, call.softcap, later)
+        later = (positions[:, queries] - first.unsqueeze(-1)).clamp_min(0)
+        virtual = virtual_tokens(setup, held, query_states, call, later)
         bias = None if columns.bias is None else columns.bias[..., some]
         states = query_states, columns.keys[:, :, some], columns.values[:, :, some]
         outputs.append(less_attention(*states, visible, call.scaling, call.softcap, call.sinks, virtual, bias)[0])

@@ -7,6 +7,7 @@ import dataclasses
 
 import torch
 
+from less_cache.backends.reading import virtual_tokens
 from less_cache.fitting import References, Seen, ask, fit
 from less_cache.ops.blocks import blocks
 from less_cache.ops.call import AttentionCall
@@ -33,10 +34,17 @@ class Draft:
             return None
         return ((self.columns.positions >= 0).sum(-1, keepdim=True) > capacity).flatten(1).any(-1)
 
+    def to_allot(self, setup: Setup, held: Held) -> torch.Tensor | None:
+        """Of these the rows, bool `[b]`, whose heads have no budgets of their own yet, or whose prompt goes on."""
+        over, rows = self.over(setup, held), held.rows
+        return over if over is None or rows.allotted is None else over & ~(rows.allotted & rows.settled)
+
 
 def judge(setup: Setup, held: Held, draft: Draft, references: References, fits: bool) -> None:
     """Score the draft's columns by what the references see; keep that for a fit."""
-    virtual, policy, before = _virtual_tokens(setup, held, draft, references, draft.came), setup.policy, draft.columns.scores
+    policy, before = setup.policy, draft.columns.scores
+    later = references.later + draft.came.unsqueeze(-1)  # than the state, which knows nothing of what came since
+    virtual = virtual_tokens(setup, held, references.query_states, draft.call, later)
     scores, seen = ask(references, draft.columns, policy, draft.call, virtual)
     if policy.asks_references and before is not None:  # of the kept tokens, which are the first columns
         kept = before.shape[-1]
@@ -89,20 +97,10 @@ def _fitted(setup: Setup, held: Held, draft: Draft, keep: torch.Tensor) -> tuple
     kept = Columns(gathered(columns.keys), gathered(columns.values), gathered(columns.positions), scores, bias)
     kept.positions = kept.positions.masked_fill(~there, -1)
     kept.keys = setup.format.decode(setup.format.encode(kept.keys), columns.keys.dtype)  # the fit makes up for its errors
-    virtual = _virtual_tokens(setup, held, draft, draft.seen.references, None)
+    references = draft.seen.references
+    virtual = virtual_tokens(setup, held, references.query_states, draft.call, references.later)
     bias, values, change = fit(draft.seen, kept, draft.call, virtual)
     if change is not None:
         setup.memory.change_values(held.state, change)
     kept.bias, kept.values = bias.masked_fill(~there, 0), values.to(columns.values.dtype)
     return kept, there
-
-
-def _virtual_tokens(
-    setup: Setup, held: Held, draft: Draft, references: References, came: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """The state as columns for the references, `came` `[b]` tokens after it."""
-    if setup.memory is None:
-        return None
-    later = references.later if came is None else references.later + came.unsqueeze(-1)
-    call = draft.call
-    return setup.memory.virtual_tokens(held.state, references.query_states, call.scaling, call.softcap, later)

@@ -9,14 +9,12 @@ from collections.abc import Callable
 import torch
 
 from less_cache.backends.choice import Draft, judge
+from less_cache.backends.reading import query_blocks, virtual_tokens
 from less_cache.fitting import References
 from less_cache.ops.attention import attention_logits, kept_attention, less_attention, sparse_softmax
-from less_cache.ops.blocks import blocks
 from less_cache.ops.call import AttentionCall
 from less_cache.ops.masks import visible_new
 from less_cache.slots import Columns, Held, Setup
-
-QUERY_BLOCK = 256  # most queries attended at once in a block
 
 
 def step(setup: Setup, held: Held, call: AttentionCall) -> torch.Tensor:
@@ -34,7 +32,7 @@ def step(setup: Setup, held: Held, call: AttentionCall) -> torch.Tensor:
     observes = policy.observed(counts, 1) > 0
     attended = call.query_states, columns.keys, columns.values, (columns.positions >= 0).unsqueeze(2), call.scaling
     if observes or any(each is not None for each in (held.state, call.softcap, call.sinks, columns.bias)):
-        virtual = _virtual_tokens(setup, held, call.query_states, call)
+        virtual = virtual_tokens(setup, held, call.query_states, call)
         output, weights = less_attention(*attended, call.softcap, call.sinks, virtual, columns.bias)
     else:  # nothing but the output is needed
         output = kept_attention(*attended)
@@ -91,7 +89,7 @@ def read_first(
     """
     policy = setup.policy
     b, g, n, _ = call.key_states.shape
-    real = real_tokens(call)
+    real = call.real_tokens
     positions = held.rows.read(real, policy, setup.shares)  # [b, n]
     by_head = positions.unsqueeze(1).expand(b, g, n)
     scores, output = policy.arrival(by_head), None
@@ -99,7 +97,7 @@ def read_first(
     if observed and call.padding is not None:
         scores, output = read_prompt(policy, call, scores, positions, 0 if attends else n - observed, attends)
     elif observed:
-        for queries in _blocks(n - _observed(setup, held, call), call, n):
+        for queries in query_blocks(n - _observed(setup, held, call), call, n):
             visible = visible_new(call.attention_mask, real, queries)  # [b, 1, queries, c]
             seen_columns = slice(0, visible.shape[-1])
             logits = attention_logits(
@@ -121,13 +119,13 @@ def read_next(setup: Setup, held: Held, call: AttentionCall, tokens: int) -> tup
     """
     policy = setup.policy
     b, g, n, _ = call.key_states.shape
-    real, before, kept = real_tokens(call), held.rows.seen, held.slots.columns()
+    real, before, kept = call.real_tokens, held.rows.seen, held.slots.columns()
     positions = held.rows.read(real, policy, setup.shares)  # [b, n]
     columns = _joined(kept, call, positions, policy.arrival(positions.unsqueeze(1).expand(b, g, n)))
     alive = (kept.positions >= 0).unsqueeze(2)  # [b, g, 1, kept]
     unobserved = n - _observed(setup, held, call)
     outputs = []
-    for queries in _blocks(0, call, columns.keys.shape[2]):
+    for queries in query_blocks(0, call, columns.keys.shape[2]):
         new = visible_new(call.attention_mask, real, queries).expand(b, g, -1, -1)
         visible = torch.cat([alive.expand(-1, -1, new.shape[2], -1), new], dim=-1)  # [b, g, queries, kept + new]
         seen_columns = slice(0, visible.shape[-1])
@@ -141,7 +139,7 @@ def read_next(setup: Setup, held: Held, call: AttentionCall, tokens: int) -> tup
             call.scaling,
             call.softcap,
             call.sinks,
-            _virtual_tokens(setup, held, query_states, call, later),
+            virtual_tokens(setup, held, query_states, call, later),
             None if columns.bias is None else columns.bias[..., seen_columns],
         )
         outputs.append(output)
@@ -158,19 +156,9 @@ def read_next(setup: Setup, held: Held, call: AttentionCall, tokens: int) -> tup
 
 def _joined(kept: Columns, call: AttentionCall, positions: torch.Tensor, scores: torch.Tensor) -> Columns:
     """The kept tokens, then the new ones at `positions` `[b, n]` with their first scores, `[b, g, n]`."""
-    return Columns(
-        torch.cat([kept.keys, call.key_states], dim=2),
-        torch.cat([kept.values, call.value_states], dim=2),
-        torch.cat([kept.positions, positions.unsqueeze(1).expand(scores.shape)], dim=-1),
-        torch.cat([kept.scores, scores], dim=-1),
-        None if kept.bias is None else torch.nn.functional.pad(kept.bias, (0, call.num_tokens)),
-    )
-
-
-def real_tokens(call: AttentionCall) -> torch.Tensor:
-    """Which new tokens are not padding, bool `[b, n]`."""
-    b, _, n, _ = call.key_states.shape
-    return call.key_states.new_ones(b, n, dtype=torch.bool) if call.real is None else call.real
+    joined = kept.followed_by((call.key_states, call.value_states, positions))
+    joined.scores = torch.cat([kept.scores, scores], dim=-1)
+    return joined
 
 
 def _observed(setup: Setup, held: Held, call: AttentionCall) -> int:
@@ -180,18 +168,3 @@ def _observed(setup: Setup, held: Held, call: AttentionCall) -> int:
     if call.real is not None and not bool(call.real[:, n - observed :].all()):
         return n  # the last real queries of a row may come before padding
     return observed
-
-
-def _virtual_tokens(
-    setup: Setup, held: Held, query_states: torch.Tensor, call: AttentionCall, later: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """The state as columns for some of the call's queries, `later` tokens after it, `[b, n]`."""
-    if setup.memory is None:
-        return None
-    return setup.memory.virtual_tokens(held.state, query_states, call.scaling, call.softcap, later)
-
-
-def _blocks(start: int, call: AttentionCall, columns: int) -> list[slice]:
-    """The queries from `start` on, some at a time: their weights over so many columns are bounded in numbers."""
-    b, h, n, _ = call.query_states.shape
-    return blocks(start, n, b * h * columns, most=QUERY_BLOCK)

@@ -23,8 +23,7 @@ class Allotment:
         waiting, self.waiting = self.waiting, []
         first, draft = waiting[0]
         policy, rows = first.setup.policy, first.held.rows
-        over = draft.over(first.setup, first.held)  # [b]
-        over = over if rows.allotted is None else over & ~(rows.allotted & rows.settled)
+        chosen = draft.to_allot(first.setup, first.held)  # [b]
         means = policy.capacity(policy.resolve(rows.seen).T[:, :, None, None]).view(-1)  # [b]
         scores, protected = [], []
         for layer, draft in waiting:
@@ -34,5 +33,5 @@ class Allotment:
             scores.append(draft.columns.scores.masked_fill(~alive, -1))
             protected.append(alive & policy.protected(positions, seen, equal))
         for (layer, draft), budgets in zip(waiting, allot(scores, protected, means), strict=True):
-            layer.held.rows.allot(policy, budgets, means, over)
+            layer.held.rows.allot(policy, budgets, means, chosen)
             layer.choose(draft)

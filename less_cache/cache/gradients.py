@@ -4,7 +4,8 @@ What a layer keeps is cut off from the graph that made it, so the gradient of a 
 before. A first block has nothing before it: its gradient is right for as long as nothing else of the text counts in the loss.
 """
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -25,14 +26,14 @@ def wanted(states: Sequence[torch.Tensor], text: Text) -> bool:
     return torch.is_grad_enabled() and (text.carries or any(each.requires_grad for each in states))
 
 
-def carrying(original: Callable) -> Callable:
-    """An attention function that carries gradients wherever it is called."""
+def carrying(own: functools.partial) -> functools.partial:
+    """An attention function with its arguments that carries gradients wherever it is called."""
 
     def attention(*args: Any, **kwargs: Any) -> Any:
         with torch.enable_grad():
-            return original(*args, **kwargs)
+            return own.func(*args, **kwargs)
 
-    return attention
+    return functools.partial(attention, *own.args, **own.keywords)
 
 
 def of_first_block(output: torch.Tensor, models_own: torch.Tensor, text: Text) -> torch.Tensor:

@@ -45,13 +45,13 @@ def check_dtypes(layer_idx: int, expected: Sequence[torch.dtype], got: Sequence[
             )
 
 
-def check_attention(layer_idx: int, module: torch.nn.Module, dropout: float, kwargs: dict) -> None:
+def check_attention(layer_idx: int, module: torch.nn.Module, kwargs: dict) -> None:
     """Raise where attention is asked for something that a LESSCache does not do."""
     where = f"Layer {layer_idx} ({type(module).__name__})"
     if module.training:
         raise LESSError(f"{where}: the model is in training mode. A LESSCache is for inference: call model.eval().")
-    if dropout:
-        raise LESSError(f"{where}: expected no attention dropout, got {dropout}.")
+    if kwargs["dropout"]:
+        raise LESSError(f"{where}: expected no attention dropout, got {kwargs['dropout']}.")
     if kwargs.get("sliding_window") is not None:
         raise LESSError(f"{where}: expected full attention, got sliding_window {kwargs['sliding_window']}. Use a DynamicCache.")
     for name, argument in kwargs.items():

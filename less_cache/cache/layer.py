@@ -80,6 +80,8 @@ class LESSLayer(HoldingLayer):
         self._text = gradients.Text()
         self._announced = False  # `update` came, attention has not read it yet
         self._open = False  # tokens are being taken in: after an exception nobody knows how far
+        if self.allotment is not None:
+            self.allotment.waiting.clear()
 
     def __getstate__(self) -> dict:
         return {**vars(self), "owner": None}  # a reference to a model is nothing to pickle
@@ -199,36 +201,30 @@ class LESSLayer(HoldingLayer):
             attention_mask: Of the new tokens alone, `[b, 1, n, n]` or `[b, n]`, bool or additive.
         """
         states = query_states, key_states, value_states
+        own = functools.partial(original, module, dropout=dropout, scaling=scaling, **kwargs)
         if not gradients.wanted(states, self._text):
-            return self._attend(original, module, states, attention_mask, dropout, scaling, kwargs), None
+            return self._attend(own, states, attention_mask), None
         is_first = self.is_empty
-        carrying = gradients.carrying(original)
-        output = self._attend(carrying, module, states, attention_mask, dropout, scaling, kwargs)
+        output = self._attend(gradients.carrying(own), states, attention_mask)
         if not is_first:
             return gradients.of_later_block(output, states, self._text), None
         models_own = output
         if not output.requires_grad:  # the weights that the policy asked for gave it
-            models_own, _ = original(module, *states, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+            models_own, _ = own(*states, attention_mask)
         return gradients.of_first_block(output, models_own, self._text), None
 
     @torch.inference_mode(False)  # a cache filled under inference mode may go on outside of it
     @torch.no_grad()
     def _attend(
-        self,
-        original: Callable,
-        module: torch.nn.Module,
-        states: Sequence[torch.Tensor],
-        attention_mask: torch.Tensor | None,
-        dropout: float,
-        scaling: float | None,
-        kwargs: dict[str, Any],
+        self, own: functools.partial, states: Sequence[torch.Tensor], attention_mask: torch.Tensor | None
     ) -> torch.Tensor:
-        """What `attend` gives, without gradients, unless `original` gives it."""
-        own = functools.partial(original, module, dropout=dropout, scaling=scaling, **kwargs)
-        call, again = self._accept(module, states, attention_mask, dropout, scaling, kwargs, own)
+        """What `attend` gives, without gradients, unless `own` gives it: the model's attention function, with its module and
+        all arguments but queries, keys, values and mask.
+        """
+        call, again = self._accept(own, states, attention_mask)
         output, unrecorded = None, self._unrecorded(call)
         if self.is_empty and (unrecorded or not attends_prompt(self.setup.policy, call)):
-            output, _ = original(module, *states, attention_mask, dropout=dropout, scaling=call.scaling, **kwargs)
+            output, _ = own(*states, attention_mask, scaling=call.scaling)
         self._open = True
         if self.hidden is not None:
             self._forget(self.hidden)
@@ -244,23 +240,17 @@ class LESSLayer(HoldingLayer):
         return torch.nn.functional.pad(output, (0, 0, 0, 0, again, 0)) if again else output
 
     def _accept(
-        self,
-        module: torch.nn.Module,
-        states: Sequence[torch.Tensor],
-        attention_mask: torch.Tensor | None,
-        dropout: float,
-        scaling: float | None,
-        kwargs: dict[str, Any],
-        own: Callable,
+        self, own: functools.partial, states: Sequence[torch.Tensor], attention_mask: torch.Tensor | None
     ) -> tuple[AttentionCall, int]:
         """The new tokens as a call, and how many before them the layer has seen already; raises with nothing changed."""
+        (module,), kwargs = own.args, own.keywords
         if not self._announced:
             raise LESSError(
                 f"Layer {self.layer_idx} ({type(module).__name__}): attention reads the same keys twice, as in a model whose "
                 "layers share keys. Use a DynamicCache; to go on with this cache, call cache.reset()."
             )
         self._announced = False
-        guards.check_attention(self.layer_idx, module, dropout, kwargs)
+        guards.check_attention(self.layer_idx, module, kwargs)
         if self.checks(states[0].shape[2]):
             self._check_reader(module)
         rows, n, position_ids = self._held.rows, states[0].shape[2], kwargs.get("position_ids")
@@ -275,7 +265,7 @@ class LESSLayer(HoldingLayer):
             guards.check_seen_columns(self.layer_idx, rows, attention_mask, n, int(self.cumulative_length))
         if self.checks(n) and not self.is_empty:
             guards.check_continuation(self.layer_idx, rows, seen, real, position_ids, int(self.cumulative_length))
-        call = AttentionCall.of(states, attention_mask, real, scaling, kwargs, own)
+        call = AttentionCall.of(states, attention_mask, real, own)
         if self.record_past and self.checks(n) and not self.is_empty and not call.is_causal:
             raise LESSError(
                 f"Layer {self.layer_idx}: expected a causal mask while tokens are recorded for crop: they are taken in one by "
@@ -302,7 +292,9 @@ class LESSLayer(HoldingLayer):
     def _unrecorded(self, call: AttentionCall) -> int:
         """How many tokens at the start of a first block are taken in for good, as `crop` never goes back that far."""
         before = call.num_tokens - OF_PROMPT
-        return before if self.record_past and self.is_empty and before > 0 and call.can_part(before) else 0
+        if not self.record_past or not self.is_empty or self.allotment is not None:  # adaptive heads wait with all of it
+            return 0
+        return before if before > 0 and call.can_part(before) else 0
 
     def take_in(self, call: AttentionCall, as_block: bool = False) -> torch.Tensor | None:
         """Read the new tokens and take them in: attention output `[b, h, n, d]`, or None where the model's own gives it.
@@ -344,10 +336,8 @@ class LESSLayer(HoldingLayer):
         """Whether heads get budgets of their own before they choose: in rows that are over theirs for the first time."""
         if self.allotment is None:
             return False
-        over, rows = draft.over(self.setup, self._held), self._held.rows
-        if over is None or rows.allotted is None:
-            return over is not None and bool(over.any())
-        return bool((over & ~(rows.allotted & rows.settled)).any())
+        rows = draft.to_allot(self.setup, self._held)
+        return rows is not None and bool(rows.any())
 
     def choose(self, draft: Draft) -> None:
         """Keep some of what was read, and fold in the rest."""

@@ -5,7 +5,7 @@ Axes: `b` batch, `h` query heads, `g` KV heads, `n` new tokens, `d` head dim.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -44,21 +44,25 @@ class AttentionCall:
         states: Sequence[torch.Tensor],
         attention_mask: torch.Tensor | None,
         real: torch.Tensor | None,
-        scaling: float | None,
-        kwargs: Mapping[str, Any],
-        own: Callable[..., Any] | None = None,
+        own: functools.partial,
     ) -> "AttentionCall":
-        """What an attention function is called with, `states`: queries, keys and values, its keyword arguments in `kwargs`."""
+        """What an attention function `own` is called with, `states`: queries, keys and values."""
         if real is not None:  # what a model computes at padding may be NaN
             states = [each.masked_fill(~real[:, None, :, None], 0) for each in states]
         query_states, key_states, value_states = (each.detach() for each in states)  # untagged: no cycle with the layer
+        scaling, softcap, sinks = (own.keywords.get(name) for name in ("scaling", "softcap", "s_aux"))
         scaling = query_states.shape[-1] ** -0.5 if scaling is None else scaling
-        softcap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
         return cls(query_states, key_states, value_states, attention_mask, real, scaling, softcap, sinks, own)
 
     @property
     def num_tokens(self) -> int:
         return self.query_states.shape[2]
+
+    @property
+    def real_tokens(self) -> torch.Tensor:
+        """Which tokens are not padding, bool `[b, n]`."""
+        b, _, n, _ = self.key_states.shape
+        return self.key_states.new_ones(b, n, dtype=torch.bool) if self.real is None else self.real
 
     def alone(self) -> "AttentionCall":
         """The same in memory of its own: a part is a view of all that came with it."""
@@ -92,13 +96,11 @@ class AttentionCall:
         """How many tokens of padding each row begins with, where the mask is causal but for these; None: it is another mask, or
         a compiler could not look into it.
         """
-        b, _, n, _ = self.key_states.shape
         if self.attention_mask is None and self.real is None:
-            return [0] * b
+            return [0] * self.key_states.shape[0]
         if torch.compiler.is_compiling():
             return None
-        real = self.key_states.new_ones(b, n, dtype=torch.bool) if self.real is None else self.real
-        return left_padding(self.attention_mask, real)
+        return left_padding(self.attention_mask, self.real_tokens)
 
     def part(self, start: int, stop: int) -> "AttentionCall":
         """The tokens from `start` to `stop`, as if they had come alone."""

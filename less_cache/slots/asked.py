@@ -10,7 +10,7 @@ import torch
 
 from less_cache.slots.formats import SlotFormat, stored_name
 
-PLACES = 8  # queries that are held: as many choose as well as the last 512
+PLACES = 8  # queries that are held: enough where a policy remembers the scores of earlier choices
 STRIDE = 64  # tokens from one that is held to the next
 
 

@@ -51,15 +51,7 @@ class Held:
         kept, newest = self.slots.columns(), self.newest
         if newest is None or newest.count == 0:
             return kept
-        b, g, _ = kept.positions.shape
-        taken = slice(newest.count)
-        return Columns(
-            torch.cat([kept.keys, newest.keys[:, :, taken].to(kept.keys.dtype)], dim=2),
-            torch.cat([kept.values, newest.values[:, :, taken].to(kept.values.dtype)], dim=2),
-            torch.cat([kept.positions, newest.positions[:, None, taken].expand(b, g, -1)], dim=-1),
-            None,  # the newest have no scores
-            None if kept.bias is None else torch.nn.functional.pad(kept.bias, (0, newest.count)),
-        )
+        return kept.followed_by(newest.taken())
 
     def make_room(self, policy: EvictionPolicy, tokens: int) -> None:
         """Have a free slot in every head for one more token, after the `tokens` that were seen."""
@@ -121,9 +113,9 @@ class Held:
         if setup.policy.block_size is not None:
             held.newest = Newest.from_tensors(tensors, setup.policy.block_size)
             held.asked = Asked.from_tensors(tensors, setup.format, dtype)
-            alive = (slots.positions >= 0).all() and slots.bias is None and slots.starts is None
-            counted = slots.positions.shape[-1] + held.newest.count if slots.starts is None else -1
-            held.is_whole = bool(alive) and setup.format.is_exact and bool((rows.seen == counted).all())
+            positions = held.columns().positions
+            all_there = bool((positions >= 0).all()) and bool((rows.seen == positions.shape[-1]).all())
+            held.is_whole = setup.format.is_exact and all_there
         return held
 
 

@@ -52,6 +52,11 @@ class Newest:
         self.positions[:, places] = positions
         self.count = places.stop
 
+    def taken(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Keys, values and positions of the tokens that there are."""
+        taken = slice(self.count)
+        return self.keys[:, :, taken], self.values[:, :, taken], self.positions[:, taken]
+
     def clear(self) -> None:
         """Let all tokens go."""
         self.positions.fill_(-1)
@@ -63,12 +68,7 @@ class Newest:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Of all tensors the part that is taken."""
-        taken = slice(self.count)
-        return {
-            "newest_keys": self.keys[:, :, taken],
-            "newest_values": self.values[:, :, taken],
-            "newest_positions": self.positions[:, taken],
-        }
+        return dict(zip(self.allocated(), self.taken(), strict=True))
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, torch.Tensor], places: int) -> "Newest":

@@ -25,8 +25,21 @@ class Columns:
     keys: torch.Tensor  # [b, g, c, d]
     values: torch.Tensor  # [b, g, c, w]
     positions: torch.Tensor  # [b, g, c] int32, where in its row a token is; -1: none
-    scores: torch.Tensor | None = None  # [b, g, c] float32, the policy's; None: it holds none from one choice to the next
-    bias: torch.Tensor | None = None  # [b, g, c] float32, added to a token's logit; None: 0 for all
+    scores: torch.Tensor | None = None  # [b, g, c], the policy's; None: not all of these tokens have one yet
+    bias: torch.Tensor | None = None  # [b, g, c], added to a token's logit; None: 0 for all
+
+    def followed_by(self, *later: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> "Columns":
+        """These, then other tokens: keys and values, `[b, g, n, *]`, and positions `[b, n]`; without scores and biases."""
+        b, g, c = self.positions.shape
+        keys, values, positions = zip(*later, strict=True)
+        columns = Columns(
+            torch.cat([self.keys, *(each.to(self.keys.dtype) for each in keys)], dim=2),
+            torch.cat([self.values, *(each.to(self.values.dtype) for each in values)], dim=2),
+            torch.cat([self.positions, *(each.unsqueeze(1).expand(b, g, -1) for each in positions)], dim=-1),
+        )
+        if self.bias is not None:
+            columns.bias = torch.nn.functional.pad(self.bias, (0, columns.positions.shape[-1] - c))
+        return columns
 
 
 @dataclasses.dataclass
@@ -44,8 +57,8 @@ class Slots:
     dtype: torch.dtype  # of keys and values, as the model gives them
     stored: dict[str, torch.Tensor]  # keys and values in that format, by `keys`, `values`, or with its part: `keys_codes`
     positions: torch.Tensor  # [b, g, c] or [N] int32, -1: an empty slot
-    scores: torch.Tensor | None  # as positions, float32
-    bias: torch.Tensor | None  # as positions, float32
+    scores: torch.Tensor  # as positions, float32, or 16 bit under a policy that chooses in blocks
+    bias: torch.Tensor | None  # as scores
     starts: torch.Tensor | None  # [b·g + 1] int64; None: heads of one size
     own_sizes: torch.Tensor | None  # [b, g] int64, on the processor, where it differs by head
     room: int | None  # steps that may come before a head may be full; None: any number
@@ -113,7 +126,7 @@ class Slots:
             dtype=columns.keys.dtype,
             stored={name: compact(tensor, 0) for name, tensor in stored.items()},
             positions=compact(columns.positions.masked_fill(~kept, -1), -1),
-            scores=None if columns.scores is None else compact(columns.scores, 0),
+            scores=compact(columns.scores, 0),
             bias=None if columns.bias is None else compact(columns.bias, 0),
             starts=starts,
             own_sizes=sizes if differ else None,
@@ -133,7 +146,7 @@ class Slots:
         starts = tensors.get("starts")
         stored = {name: tensors[name] for name in format.names()}
         sizes = None if starts is None else starts.diff().view(b, -1).cpu()
-        beside = tensors["positions"], tensors.get("scores"), tensors.get("bias"), starts
+        beside = tensors["positions"], tensors["scores"], tensors.get("bias"), starts
         slots = cls(format, dtype, stored, *beside, sizes, room=0)
         if capacity is not None and bool((slots.sizes.unsqueeze(-1) > capacity.cpu()).all()):
             slots.room = None
@@ -170,13 +183,17 @@ class Slots:
         """`[b, g, c, w]`; 0 beyond a head's last slot."""
         return self._padded(self._decoded("values"), 0)
 
+    def scores_by_column(self) -> torch.Tensor:
+        """The scores alone of `columns`, `[b, g, c]`."""
+        return self._padded(self.scores, 0)
+
     def columns(self) -> Columns:
         """All slots as columns; those of a block of equal heads are the slots themselves, others are copies."""
         return Columns(
             self.keys,
             self.values,
             self._padded(self.positions, -1),
-            None if self.scores is None else self._padded(self.scores, 0),
+            self.scores_by_column(),
             None if self.bias is None else self._padded(self.bias, 0),
         )
 
@@ -200,8 +217,7 @@ class Slots:
         empty = self.positions if self.starts is None else self._padded(self.positions, torch.iinfo(torch.int32).max)
         slots = empty.argmin(dim=-1, keepdim=True)
         self.set_positions(slots, positions)
-        if self.scores is not None:
-            self._scatter(self.scores, slots, scores)
+        self._scatter(self.scores, slots, scores)
         if self.bias is not None:
             self._scatter(self.bias, slots, torch.zeros_like(scores))
         for name, states in (("keys", key_states), ("values", value_states)):
@@ -215,7 +231,6 @@ class Slots:
 
     def set_scores(self, scores: torch.Tensor) -> None:
         """Take the policy's scores, `[b, g, c]`."""
-        assert self.scores is not None, "the policy holds scores"
         self.scores.copy_(self._flat(scores))
 
     def drop(self, leaves: torch.Tensor) -> None:
@@ -229,8 +244,7 @@ class Slots:
         at = columns.positions.clamp_min(0).long().view(b, g * c)
         positions = moved.gather(-1, at).view(b, g, c).masked_fill(columns.positions < 0, -1)
         self.positions.copy_(self._flat(positions))
-        if columns.scores is not None:
-            self.set_scores(policy.renumbered(columns.scores, moved))
+        self.set_scores(policy.renumbered(columns.scores, moved))
 
     # All of them at once
 
@@ -245,7 +259,7 @@ class Slots:
             self,
             stored={name: change(name, tensor) for name, tensor in self.stored.items()},
             positions=change("positions", self.positions),
-            scores=None if self.scores is None else change("scores", self.scores),
+            scores=change("scores", self.scores),
             bias=None if self.bias is None else change("bias", self.bias),
             starts=None if self.starts is None else change("starts", self.starts),
         )
