@@ -6,6 +6,7 @@ virtual tokens.
 
 import abc
 import copy
+from collections.abc import Mapping
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -114,6 +115,11 @@ class TrainedMemory(LayerMemory):
     @abc.abstractmethod
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """The weights that training starts from."""
+
+    @property
+    def weights(self) -> Mapping[str, torch.Tensor]:
+        """All parameters by name, as `named_parameters` has them, which takes longer than a step may."""
+        return self._parameters
 
     @property
     def num_virtual_tokens(self) -> int:

@@ -129,14 +129,10 @@ def _expected_of_state(memory: LayerMemory | None, state: Any, b: int, g: int, d
 def _expected_of_weights(memory: LayerMemory | None) -> list[Expected] | None:
     if not isinstance(memory, TrainedMemory):
         return []
-    weights, shapes = _weights(memory), _shapes(type(memory), memory.sizes)
+    weights, shapes = memory.weights, _shapes(type(memory), memory.sizes)
     if weights.keys() != shapes.keys():
         return None
     return [(weights[name], torch.float32, shape) for name, shape in shapes.items()]
-
-
-def _weights(memory: TrainedMemory) -> dict[str, torch.Tensor]:
-    return dict(memory.named_parameters(recurse=False))
 
 
 @functools.cache
@@ -197,7 +193,7 @@ def step(setup: Setup, held: Held, call: AttentionCall) -> torch.Tensor | None:
 
 
 def _hand_over_trained(arguments: Step, memory: TrainedMemory, state: Any) -> None:
-    addresses = {name: weight.data_ptr() for name, weight in _weights(memory).items()}
+    addresses = {name: weight.data_ptr() for name, weight in memory.weights.items()}
     query, key = NETWORKS[type(memory)]
     arguments.m = memory.sizes[3]
     arguments.r, arguments.e = state.values_sum.shape[2:]
