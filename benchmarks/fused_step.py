@@ -22,13 +22,14 @@ import typer
 
 from less_cache import H2O, SinkRecent
 from less_cache.backends import select
+from less_cache.backends.cpu import build
 from less_cache.bench.timing import Spread, alternate, ratios
 from less_cache.cache.layer import LESSLayer
 from less_cache.memory import MEMORIES
 from less_cache.reports import machine, outputs
 
 MODULE = torch.nn.Identity().eval()
-FUSED = {"native": "less_cache.backends.cpu.bridge", "triton": "less_cache.backends.triton"}
+FUSED = {"native": "less_cache.backends.cpu.bridge", "triton": "less_cache.backends.triton.bridge"}
 MEMORY_NAMES = (None, *MEMORIES)
 FORMS = ("pytorch", "fused")
 SHOWN = {"output": "output", "scores": "scores", "values_sum": "H", "features_sum": "z"}
@@ -49,7 +50,7 @@ def main(
     if interpreted:
         os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
     fused = importlib.import_module(FUSED[form])
-    if form == "native" and fused._compiled() is None:
+    if form == "native" and build.compiler() is None:
         raise SystemExit("error: expected a C++ compiler")
     torch.set_default_device(device)
     select.BACKENDS = {device.type: fused.__name__}

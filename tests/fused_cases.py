@@ -16,6 +16,7 @@ from triton.runtime import interpreter
 
 from less_cache import H2O, SinkRecent
 from less_cache.backends import triton as fused
+from less_cache.backends.triton import bridge, programs
 from less_cache.cache.layer import LESSLayer
 from less_cache.memory.state import LowRankState
 
@@ -34,7 +35,7 @@ if triton.__version__.startswith("3.6."):  # there a loop's bound becomes int(ar
 
 @pytest.fixture
 def form():
-    with mock.patch.object(fused, "TILE", 16 * 16):  # of a block: slots beyond 16 need a second one
+    with mock.patch.object(bridge, "TILE", 16 * 16):  # of a block: slots beyond 16 need a second one
         yield fused
 
 
@@ -132,7 +133,7 @@ def test_fold_in(shape):
     kept = torch.ones(2, 2, 3) if factors is None else factors.expand(2, 2, 3)
     values_sum = kept.unsqueeze(-1) * state.values_sum + weights.transpose(-1, -2) @ remembered
     features_sum = kept * state.features_sum + weights.squeeze(2)
-    fused.fold_in(state, weights, remembered, factors)
+    bridge.fold_in(state, weights, remembered, factors)
     torch.testing.assert_close(state.values_sum, values_sum)
     torch.testing.assert_close(state.features_sum, features_sum)
 
@@ -141,11 +142,11 @@ def test_fold_in(shape):
 @pytest.mark.parametrize("fades", [False, True])
 def test_fold_in_without_its_kernel(monkeypatch, fades):
     """The first kernel has run when the second does not: the step ends in PyTorch."""
-    monkeypatch.setattr(fused, "_failed", False)
+    monkeypatch.setattr(bridge, "_failed", False)
     states = [LowRankState(torch.ones(1, 1, 3, 5), torch.ones(1, 1, 3)) for _ in range(2)]
     pair = torch.rand(1, 1, 1, 3), torch.randn(1, 1, 1, 5), torch.rand(1, 3) if fades else None
-    fused.fold_in(states[0], *pair)
-    monkeypatch.setattr(fused, "_fold_in", None)
+    bridge.fold_in(states[0], *pair)
+    monkeypatch.setattr(programs, "fold_in", None)
     with pytest.warns(RuntimeWarning, match="does not run here"):
-        fused.fold_in(states[1], *pair)
+        bridge.fold_in(states[1], *pair)
     torch.testing.assert_close(vars(states[1]), vars(states[0]))

@@ -23,6 +23,7 @@ from triton.compiler import ASTSource
 from less_cache import CORM, H2O, SinkRecent
 from less_cache.backends import select
 from less_cache.backends import triton as fused
+from less_cache.backends.triton import bridge, programs
 from less_cache.cache.layer import LESSLayer
 from less_cache.cache.static import StaticLESSLayer
 from less_cache.memory import MEMORIES
@@ -59,8 +60,8 @@ def no_other_form(monkeypatch):
 
 @contextlib.contextmanager
 def fusing(**changed):
-    """Steps on a processor are offered to the fused form as those on a GPU are. `changed`: names of `fused`."""
-    with taken_by(fused), mock.patch.multiple(fused, _failed=False, **changed):
+    """Steps on a processor are offered to the fused form as those on a GPU are. `changed`: names of `bridge`."""
+    with taken_by(fused), mock.patch.multiple(bridge, _failed=False, **changed):
         yield
 
 
@@ -98,15 +99,14 @@ def test_torch_compile_never_asks_for_it():
 )
 def test_what_it_refuses(refused, monkeypatch):
     monkeypatch.setitem(FORMATS, "other", OtherSlots)
-    with fusing(step=mock.Mock(side_effect=AssertionError)):
+    with fusing(), mock.patch.object(fused, "step", side_effect=AssertionError):
         outputs(**refused)
 
 
 @pytest.mark.parametrize("memory", [None, *MEMORIES])
 @pytest.mark.parametrize("policy", [H2O(2, 2), SinkRecent(1, 3)])
 def test_what_it_takes(policy, memory):
-    fused_step = mock.Mock(return_value=None)
-    with fusing(step=fused_step):
+    with fusing(), mock.patch.object(fused, "step", return_value=None) as fused_step:
         outputs(policy, memory and tiny.layer_kernels(2, 1, 8, memory=memory))
     assert fused_step.call_count == STEPS
 
@@ -116,7 +116,8 @@ def test_what_it_takes(policy, memory):
 
 def test_without_triton(monkeypatch):
     expected, _ = outputs()
-    monkeypatch.delitem(sys.modules, "less_cache.backends.triton")
+    for module in (fused, bridge, programs):
+        monkeypatch.delitem(sys.modules, module.__name__)
     monkeypatch.delattr("less_cache.backends.triton")
     monkeypatch.setitem(sys.modules, "triton", None)  # importing it raises
     select._module.cache_clear()
@@ -134,7 +135,7 @@ def test_a_kernel_that_does_not_run_warns_once():
     expected, plain = outputs(memory=kernels)
     with fusing(), pytest.warns(RuntimeWarning, match="the fused step does not run here") as warned:
         output, layer = outputs(memory=kernels)
-        assert fused._failed
+        assert bridge._failed
     assert len(warned) == 1
     assert torch.equal(output, expected)
     assert all(torch.equal(rows, plain.tensors()[name]) for name, rows in layer.tensors().items())
@@ -211,8 +212,8 @@ class Compiled:
 def test_compiles_for(monkeypatch, tmp_path, capability, policy, kernels, dtype, of):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     layer = of(policy, kernels, dtype=dtype)
-    attend, fold_in = (Compiled(kernel, GPUTarget("cuda", capability, 32)) for kernel in (fused._attend, fused._fold_in))
-    with fusing(_attend=attend, _fold_in=fold_in):
+    attend, fold_in = (Compiled(kernel, GPUTarget("cuda", capability, 32)) for kernel in (programs.attend, programs.fold_in))
+    with fusing(), mock.patch.multiple(programs, attend=attend, fold_in=fold_in):
         step(layer, dtype=dtype)
-        assert not fused._failed
+        assert not bridge._failed
     assert attend.binaries and fold_in.binaries

@@ -37,7 +37,10 @@ FOLDERS = [  # each imports only from those before it; docs/architecture.md says
 ]
 CORE = FOLDERS[: FOLDERS.index("__init__") + 1]
 CORE_NEEDS = {"torch", "transformers", "safetensors"}
-MAY_NEED = {"backends.triton": {"triton"}}  # `backends.select` goes on without it
+MAY_NEED = {  # `backends.select` goes on without it
+    "backends.triton.bridge": {"triton"},
+    "backends.triton.programs": {"triton"},
+}
 # Imports inside functions: what needs the network is imported when it is asked for.
 LATE = {
     "kernels.kernels": {"hub.client", "hub.publish"},
