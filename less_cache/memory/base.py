@@ -119,7 +119,8 @@ class TrainedMemory(LayerMemory):
     @property
     def weights(self) -> Mapping[str, torch.Tensor]:
         """All parameters by name, as `named_parameters` has them, which takes longer than a step may."""
-        return self._parameters
+        parameters: Any = self._parameters  # to torch, some may be None
+        return parameters
 
     @property
     def num_virtual_tokens(self) -> int:
