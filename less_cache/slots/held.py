@@ -8,10 +8,11 @@ import torch
 
 from less_cache.policies import EvictionPolicy
 from less_cache.slots.asked import Asked
+from less_cache.slots.columns import Columns
 from less_cache.slots.newest import Newest
 from less_cache.slots.rows import Hidden, Rows
 from less_cache.slots.setup import Setup
-from less_cache.slots.slots import Columns, Slots
+from less_cache.slots.slots import Slots
 
 OF_ROWS = ("seen", "settled", "counts", "allotted", "real")
 

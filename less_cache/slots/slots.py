@@ -10,36 +10,14 @@ import torch
 
 from less_cache.errors import LESSError
 from less_cache.policies import EvictionPolicy
+from less_cache.slots import ragged
+from less_cache.slots.columns import Columns
 from less_cache.slots.formats import SlotFormat, stored_name
 
 SPARE_SLOTS = 64  # free slots of a head that may still grow
 SLACK = 1.25  # heads are padded to the longest where that takes no more than so many times the sum over heads
 OF_SLOTS = ("positions", "scores", "bias", "starts")  # tensors beside those of the format
 COMPILES_WELL = torch.__version__ >= "2.13"  # torch 2.11 makes code of `index_copy_` that does not run
-
-
-@dataclasses.dataclass
-class Columns:
-    """Tokens as attention and policies read them, every head padded to the longest."""
-
-    keys: torch.Tensor  # [b, g, c, d]
-    values: torch.Tensor  # [b, g, c, w]
-    positions: torch.Tensor  # [b, g, c] int32, where in its row a token is; -1: none
-    scores: torch.Tensor | None = None  # [b, g, c], the policy's; None: not all of these tokens have one yet
-    bias: torch.Tensor | None = None  # [b, g, c], added to a token's logit; None: 0 for all
-
-    def followed_by(self, *later: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> "Columns":
-        """These, then other tokens: keys and values, `[b, g, n, *]`, and positions `[b, n]`; without scores and biases."""
-        b, g, c = self.positions.shape
-        keys, values, positions = zip(*later, strict=True)
-        columns = Columns(
-            torch.cat([self.keys, *(each.to(self.keys.dtype) for each in keys)], dim=2),
-            torch.cat([self.values, *(each.to(self.values.dtype) for each in values)], dim=2),
-            torch.cat([self.positions, *(each.unsqueeze(1).expand(b, g, -1) for each in positions)], dim=-1),
-        )
-        if self.bias is not None:
-            columns.bias = torch.nn.functional.pad(self.bias, (0, columns.positions.shape[-1] - c))
-        return columns
 
 
 @dataclasses.dataclass
@@ -103,7 +81,7 @@ class Slots:
         b, g, c = kept.shape
         longest = int(sizes.max())
         differ = longest * b * g > SLACK * int(sizes.sum())
-        starts = _starts(sizes).to(kept.device) if differ else None
+        starts = ragged.starts_of(sizes).to(kept.device) if differ else None
         held = min(c, longest)
         order = (~kept).int().argsort(dim=-1, stable=True)[..., :held]  # [b, g, held], kept ones first
 
@@ -117,7 +95,7 @@ class Slots:
                     f"{'' if room is not None else ', or static=False, where slots come with the text'}."
                 ) from error
             buffer[:, :, :held] = tensor.gather(2, order.view(b, g, held, *[1] * len(more)).expand(b, g, held, *more))
-            return buffer if starts is None else buffer.flatten(0, 2)[_padded_index(sizes, starts)]
+            return buffer if starts is None else buffer.flatten(0, 2)[ragged.index_in_padded(sizes, starts)]
 
         states = (("keys", columns.keys), ("values", columns.values))
         stored = {stored_name(name, part): each for name, of in states for part, each in format.encode(of).items()}
@@ -269,9 +247,9 @@ class Slots:
         if self.own_sizes is None:
             return self.map(lambda name, rows: rows[indices.to(rows.device)])
         sizes = self.own_sizes[indices.cpu()]
-        starts = _starts(sizes).to(self.starts.device)
+        starts = ragged.starts_of(sizes).to(self.starts.device)
         first = self.starts[:-1].view(self.own_sizes.shape)[indices.to(starts.device)].flatten()  # of each chosen head
-        head, slot = _heads_and_slots(sizes, starts)
+        head, slot = ragged.heads_and_slots(sizes, starts)
         at = first[head] + slot
         selected = self.map(lambda name, slots: starts if name == "starts" else slots[at.to(slots.device)])
         return dataclasses.replace(selected, own_sizes=sizes)
@@ -294,7 +272,7 @@ class Slots:
 
     def _flat(self, columns: torch.Tensor) -> torch.Tensor:
         """`[b, g, c, *]` as the slots lie."""
-        return columns if self.own_sizes is None else columns.flatten(0, 2)[_padded_index(self.own_sizes, self.starts)]
+        return columns if self.own_sizes is None else columns.flatten(0, 2)[ragged.index_in_padded(self.own_sizes, self.starts)]
 
     def _at(self, slots: torch.Tensor) -> torch.Tensor:
         """Where `slots` `[b, g, m]` of heads of different sizes lie, among all."""
@@ -327,21 +305,3 @@ class Slots:
             tensor.view(-1, d).index_copy_(0, first + slots.flatten(), states.reshape(-1, d))
         else:
             tensor.scatter_(2, slots.unsqueeze(-1).expand_as(states), states)
-
-
-def _starts(sizes: torch.Tensor) -> torch.Tensor:
-    """Where each head begins, and where the last one ends: `[b·g + 1]`."""
-    return torch.nn.functional.pad(sizes.flatten().cumsum(0), (1, 0))
-
-
-def _heads_and_slots(sizes: torch.Tensor, starts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of every slot of all heads, its head out of b·g and its number in it: `[N]` each."""
-    total = int(sizes.sum())
-    heads = torch.arange(sizes.numel(), device=starts.device).repeat_interleave(starts.diff(), output_size=total)
-    return heads, torch.arange(total, device=starts.device) - starts[heads]
-
-
-def _padded_index(sizes: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
-    """Where every slot of all heads would be, were all heads as long as the longest: `[N]`."""
-    heads, slots = _heads_and_slots(sizes, starts)
-    return heads * int(sizes.max()) + slots
