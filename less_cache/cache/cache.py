@@ -24,7 +24,7 @@ from less_cache.errors import LESSError
 from less_cache.files.paths import expanded
 from less_cache.integration import hook
 from less_cache.integration.families import PREFIX_TUNING, check_supported, full_attention_layers, warn_untested
-from less_cache.integration.rotation import rotations
+from less_cache.integration.probing import rotations
 from less_cache.kernels.check import check_kernels
 from less_cache.kernels.kernels import LESSKernels
 from less_cache.policies import H2O, USUAL_BUDGET, EvictionPolicy
