@@ -12,8 +12,9 @@ from models_table import newest_transformers
 from tiny import tiny_kernels
 from transformers import DynamicCache, PreTrainedModel
 
-from less_cache import H2O, LESSCache, LESSKernels
+from less_cache import H2O, LESSCache, LESSError, LESSKernels
 from less_cache.cache.layer import LESSLayer
+from less_cache.integration.families import full_attention_layers
 from less_cache.policies import EvictionPolicy
 from less_cache.testing.reference import reference_attention
 
@@ -130,6 +131,49 @@ def test_beams(name):
     )
     assert torch.equal(less.sequences, full.sequences)
     assert_close(less.sequences_scores, full.sequences_scores)
+
+
+def has_own_layers(name: str) -> bool:
+    """Whether an architecture has layers beside those under LESS."""
+    config = zoo.config(name)
+    try:
+        return len(full_attention_layers(config)) < len(DynamicCache(config=config).layers)
+    except KeyError:  # a kind that comes with the model's class
+        return True
+
+
+@pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
+@pytest.mark.parametrize("name", [name for name in zoo.ARCHITECTURES if has_own_layers(name)])
+def test_after_reset_any_batch_may_come(name, static):
+    """Also where transformers' layers keep the batch that they had, and record on: windows, convolutions, recurrences."""
+    if static and name in zoo.WITHOUT_STATIC:
+        pytest.skip("a layer of its own grows with the text")
+    model = model_of(name)
+    inputs = {"input_ids": prompt()["input_ids"].clamp_min(1)}
+    one = {"input_ids": inputs["input_ids"][:1]}
+    cache = LESSCache(model, SMALL, static=static)
+    for text in (inputs, one, inputs):
+        other = LESSCache(model, SMALL, static=static)
+        assert_close(generate(model, cache, text), generate(model, other, text))
+        assert cache.memory_footprint() == other.memory_footprint()
+        if not static:
+            cache.activate_past_recording()
+        cache.reset()
+
+
+@torch.no_grad()
+def test_a_model_that_counts_from_0_without_positions_is_refused():
+    """Bamba's logits are wrong with a DynamicCache then, and nobody is told."""
+    model, text = model_of("bamba"), prompt()["input_ids"]
+    expected, full, cache = model(text).logits[:, 9:], DynamicCache(config=model.config), LESSCache(model, H2O(64, 64))
+    for each in (full, cache):
+        model(text[:, :9], past_key_values=each)
+    assert not torch.allclose(model(text[:, 9:], past_key_values=full).logits, expected, atol=0.1)
+    before = cache.fork()
+    with pytest.raises(LESSError, match="position_ids in forwards of your own"):
+        model(text[:, 9:], past_key_values=cache)
+    positions = torch.arange(9, 12).unsqueeze(0)
+    assert_close(model(text[:, 9:], past_key_values=before, position_ids=positions).logits, expected)
 
 
 TABLE = Path(__file__).parent.parent / "docs" / "models.md"

@@ -10,8 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel, StaticCache
-from transformers.cache_utils import DynamicLayer
+from transformers import Cache, PreTrainedConfig, PreTrainedModel
 
 from less_cache.cache import footprint, snapshot
 from less_cache.cache.allotment import Allotment
@@ -19,6 +18,7 @@ from less_cache.cache.footprint import MemoryFootprint
 from less_cache.cache.forward import Forward
 from less_cache.cache.layer import LESSLayer
 from less_cache.cache.options import Heads, Options, with_budget
+from less_cache.cache.own import holds_other_rows, own_layers
 from less_cache.cache.static import StaticLESSLayer
 from less_cache.errors import LESSError
 from less_cache.files.paths import expanded
@@ -99,8 +99,7 @@ class LESSCache(Cache):
         loaded_model = None if isinstance(model, PreTrainedConfig) else model
         check_supported(config, loaded_model)
 
-        own = StaticCache(config=config, max_cache_len=sys.maxsize) if static else DynamicCache(config=config)
-        layers: list[Any] = list(own.layers)
+        layers = own_layers(config, static)
         full_attention = full_attention_layers(config)
         warn_untested(config.model_type)
         if kernels is not None:
@@ -130,9 +129,10 @@ class LESSCache(Cache):
                 f"{', '.join(growing)}, which grows with the text. Use static=False."
             )
         super().__init__(layers=layers)
-        own_layers = [index for index, layer in enumerate(layers) if _takes_tokens(layer) and not isinstance(layer, LESSLayer)]
-        self._forward = Forward(own_layers[-1] if own_layers else None)
+        own = [index for index, layer in enumerate(layers) if _takes_tokens(layer) and not isinstance(layer, LESSLayer)]
+        self._forward = Forward(own[-1] if own else None)
         self._interrupted = False
+        self._emptied: set[int] = set()  # of these layers, those that `reset` left in the shapes of another text
         self.seen_mask: torch.Tensor | None = None  # which seen tokens the mask of the present forward shows, `[b, t]`
         self.policy = policy
         self.kernels = kernels
@@ -220,7 +220,7 @@ class LESSCache(Cache):
             )
         layer = self.layers[layer_idx]
         if not isinstance(layer, LESSLayer):
-            self._reach(layer_idx, "update")
+            self._reach(layer_idx, "update", rows=key_states.shape[0])
         elif layer.checks(key_states.shape[-2]):
             self.check_whole()
             self._hide_seen()
@@ -250,14 +250,14 @@ class LESSCache(Cache):
 
     def update_conv_state(self, conv_states: torch.Tensor, layer_idx: int, state_idx: int = 0, **kwargs) -> torch.Tensor:
         """Called by a model's linear attention."""
-        self._reach(layer_idx, "convolution", state_idx)
+        self._reach(layer_idx, "convolution", state_idx, rows=conv_states.shape[0])
         return super().update_conv_state(conv_states, layer_idx, state_idx, **kwargs)
 
     def update_recurrent_state(
         self, recurrent_states: torch.Tensor, layer_idx: int, state_idx: int = 0, **kwargs
     ) -> torch.Tensor:
         """Called by a model's linear attention."""
-        self._reach(layer_idx, "recurrence", state_idx)
+        self._reach(layer_idx, "recurrence", state_idx, rows=recurrent_states.shape[0])
         return super().update_recurrent_state(recurrent_states, layer_idx, state_idx, **kwargs)
 
     def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> torch.Tensor | None:
@@ -265,14 +265,18 @@ class LESSCache(Cache):
         self._reach(layer_idx, "convolution in place", state_idx)
         return super().get_conv_state(layer_idx, state_idx)
 
-    def _reach(self, layer_idx: int, what: str, index: int = 0) -> None:
-        """A layer of the model's own takes tokens in."""
+    def _reach(self, layer_idx: int, what: str, index: int = 0, rows: int | None = None) -> None:
+        """A layer of the model's own takes tokens in, of so many `rows`."""
         if torch.compiler.is_compiling():
             return
         seen = next(int(layer.cumulative_length) for layer in reversed(self.layers) if isinstance(layer, LESSLayer))
         self._interrupted = self._interrupted or not self._forward.reach(seen, layer_idx, what, index)
         if self._interrupted:
             self.check_whole()
+        if layer_idx in self._emptied and rows is not None:
+            self._emptied = self._emptied - {layer_idx}
+            if holds_other_rows(self.layers[layer_idx], rows):
+                self.layers[layer_idx] = own_layers(self.config, static=True)[layer_idx]
 
     def check_whole(self) -> None:
         """Raise `LESSError` where a forward ended between two layers, or within one."""
@@ -290,9 +294,12 @@ class LESSCache(Cache):
     def reset(self) -> None:
         """Forget everything: the next text is a new one."""
         super().reset()
-        for layer in self.layers:
-            if isinstance(layer, DynamicLayer):
-                layer.is_initialized = False  # older versions of transformers keep keys of the length that they had
+        own = {index for index, layer in enumerate(self.layers) if not isinstance(layer, LESSLayer)}
+        if self.is_compileable:
+            self._emptied = own  # all stays where it is, until a text of other rows comes
+        else:
+            anew = own_layers(self.config, static=False)  # transformers' layers keep the shapes that they had, and record on
+            self.layers = [anew[index] if index in own else layer for index, layer in enumerate(self.layers)]
         self._forward.reset()
         self._interrupted = False
 

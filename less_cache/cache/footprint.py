@@ -1,12 +1,13 @@
 """What a cache takes in memory."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from less_cache.cache.layer import LESSLayer
+from less_cache.cache.own import tensors_of
 from less_cache.slots.held import OF_ROWS
 from less_cache.slots.slots import OF_SLOTS
 
@@ -43,7 +44,7 @@ def measure(layers: Sequence[Any]) -> MemoryFootprint:
     keys_values = low_rank_state = bookkeeping = full_cache = 0
     for layer in layers:
         if not isinstance(layer, LESSLayer):
-            own = sum(tensor.nbytes for tensor in _tensors(vars(layer)) if tensor.dim() > 0)  # but for a counter
+            own = sum(tensor.nbytes for tensor in tensors_of(vars(layer)) if tensor.dim() > 0)  # but for a counter
             keys_values += own
             full_cache += own
             continue
@@ -62,12 +63,3 @@ def measure(layers: Sequence[Any]) -> MemoryFootprint:
             first = torch.zeros(*slots.sizes.shape, 1, dtype=torch.long, device=slots.positions.device)  # a token of every row
             full_cache += sum(states.nbytes for states in slots.pairs(first)) * int(layer.cumulative_length)
     return MemoryFootprint(keys_values, low_rank_state, bookkeeping, full_cache)
-
-
-def _tensors(held: Any) -> Iterator[torch.Tensor]:
-    """All tensors in a layer's attributes."""
-    if isinstance(held, torch.Tensor):
-        yield held
-    elif isinstance(held, dict | list | tuple):
-        for each in held.values() if isinstance(held, dict) else held:
-            yield from _tensors(each)

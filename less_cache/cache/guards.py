@@ -159,7 +159,8 @@ def check_continuation(
     """
     shorter = (
         f"Layer {layer_idx}: the new tokens lie before the {seen} tokens that the cache has seen: the prompt or its "
-        "mask is shorter. Pass the whole conversation with its mask, or call cache.reset()."
+        "mask is shorter, or the model counts from 0 where a forward has no position_ids. Pass the whole conversation with its "
+        "mask, position_ids in forwards of your own, or call cache.reset()."
     )
     if real is not None and not bool(real.any()) and bool((tokens > 0).any()):  # a prompt may begin with padding
         raise LESSError(shorter)
