@@ -9,7 +9,7 @@ import torch
 from step_cases import ONE_ROUNDING, layer_memory, padded
 from test_layer import MODULE, NoSquares
 
-from less_cache import CORM, H2O, SinkRecent
+from less_cache import CORM, H2O, AttentionMatching, SinkRecent
 from less_cache.backends import cpu as native
 from less_cache.backends.cpu import build
 from less_cache.cache.layer import LESSLayer
@@ -19,6 +19,7 @@ from less_cache.ops import masks
 from less_cache.ops.call import AttentionCall
 from less_cache.ops.masks import left_padding
 from less_cache.ops.prompt import read_prompt
+from less_cache.testing.reference import reference_attention
 
 POLICIES = {"h2o": H2O(6, 5), "h2o shares": H2O(0.2, 0.1), "corm": CORM(8, 4), "sink_recent": SinkRecent(2, 6)}
 N = 41
@@ -139,6 +140,30 @@ def test_rows_are_as_each_alone(policy, memory, backend, additive):
             for name, expected in vars(alone.held.state).items():
                 torch.testing.assert_close(getattr(one.state, name), expected, rtol=1e-4, atol=1e-4)
     assert together.held.rows.seen.tolist() == LENGTHS
+
+
+@backends
+@pytest.mark.parametrize("memory", [None, "low_rank", "soft_centroids"])
+@pytest.mark.parametrize("policy", [*POLICIES.values(), AttentionMatching(11, every=4)], ids=[*POLICIES, "attention matching"])
+def test_padded_prompts_are_the_reference(policy, memory, backend):
+    """The plain O(T²) formula for rows that begin at columns of their own, and the same steps after them."""
+    blocks = [N, *[1] * 6]
+    real = padded([length + 6 for length in LENGTHS[:-1]], sum(blocks))
+    states, rotation = tiny.random_states(len(real), 6, 2, sum(blocks), 64), None
+    if policy.asks_references:
+        states = 0.1 * states[0], *states[1:]  # weights that are all but 1 would be ties, which rounding decides
+        rotation = tiny.rotation(64)
+    layer = LESSLayer(policy, layer_memory(memory, 6, 2, 64), layer_idx=1, leads=False, rotation=rotation)
+    expected, kept = reference_attention(*states, policy, blocks, layer.setup.memory, real, rotation=rotation)
+    start = 0
+    for n, kept_after in zip(blocks, kept, strict=True):
+        block = slice(start, start + n)
+        output = tiny.feed(layer, *(each[:, :, block] for each in states), [n], real)
+        seen = real[:, None, block, None].expand_as(output)
+        torch.testing.assert_close(output[seen].double(), expected[:, :, block][seen], rtol=1e-5, atol=1e-5)
+        start += n
+        assert torch.equal(tiny.held_tokens(layer, real[:, :start]), kept_after[..., :start])
+    assert not kept[-1].all(-1).any(), "something leaves in every head"
 
 
 @backends
