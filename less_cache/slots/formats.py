@@ -130,7 +130,7 @@ def _rotated(states: torch.Tensor) -> torch.Tensor:
 def _hadamard(size: int, device: torch.device) -> torch.Tensor:
     """The symmetric, orthonormal Hadamard matrix, `[size, size]` float32."""
     with torch.inference_mode(False):
-        matrix = torch.ones(1, 1, device=device)
+        matrix = torch.ones(1, 1, dtype=torch.float32, device=device)
         while matrix.shape[0] < size:
             matrix = torch.cat([torch.cat([matrix, matrix], dim=1), torch.cat([matrix, -matrix], dim=1)])
         return matrix / size**0.5
