@@ -18,8 +18,9 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from less_cache import CORM, H2O, LESSCache, LESSError, LESSKernels, SinkRecent, models
+from less_cache import CORM, H2O, AttentionMatching, LESSCache, LESSError, LESSKernels, SinkRecent, models
 from less_cache.cache import LESSLayer
+from less_cache.slots import formats
 
 PROMPT, NEXT = (torch.randint(1, VOCAB, (2, n), generator=torch.Generator().manual_seed(n)) for n in (20, 6))
 LARGE = H2O(200, 200)
@@ -163,16 +164,27 @@ def test_a_model_of_another_shape_is_refused(sizes, message, of):
 # torch's default type
 
 
-@pytest.mark.parametrize("policy", [H2O(0.05, 0.05), SinkRecent(2, 0.1), CORM(0.05, 0.05)], ids=lambda policy: policy.name)
+KINDS = [
+    {"policy": H2O(0.05, 0.05)},
+    {"policy": SinkRecent(2, 0.1)},
+    {"policy": CORM(0.05, 0.05)},
+    {"policy": AttentionMatching(0.3, every=1), "heads": "adaptive"},
+    {"policy": AttentionMatching(0.3, every=1), "heads": "adaptive", "slots": "int4"},
+]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=["h2o", "sink_recent", "corm", "fitted", "fitted int4"])
 @pytest.mark.parametrize("memory", ["low_rank", "soft_centroids", "untrained"])
-def test_torchs_default_type_changes_nothing(policy, memory):
+def test_torchs_default_type_changes_nothing(kind, memory):
     model, prompt = tiny_llama(), torch.randint(1, VOCAB, (1, 1032))
     kernels = LESSKernels.untrained(model) if memory == "untrained" else tiny_kernels(model, memory=memory)
-    expected = LESSCache(model, policy, kernels)
+    expected = LESSCache(model, kernels=kernels, **kind)
     logits = read(model, expected, prompt)
-    cache = LESSCache(model, policy, kernels)
+    formats._hadamard.cache_clear()  # nothing is left of before, nor is what is known of a model
+    model = tiny_llama()
     torch.set_default_dtype(torch.bfloat16)
     try:
+        cache = LESSCache(model, kernels=kernels, **kind)
         output = read(model, cache, prompt)
         after = read(model, cache, NEXT[:1, :1])
     finally:

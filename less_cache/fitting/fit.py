@@ -47,7 +47,7 @@ def fit(
         rest = rest - (call.sinks.float().view(1, *logits.shape[1:3], 1, 1) - seen.log_sum).exp()
     if virtual is not None:
         rest = rest - (virtual[0] - seen.log_sum).exp().sum(-1, keepdim=True)
-    asked = seen.references.there.sum(-1).clamp_min(1).view(-1, 1, 1, 1) * logits.shape[2]  # queries, [b, 1, 1, 1]
+    asked = seen.references.there.sum(-1).clamp_min(1).float().view(-1, 1, 1, 1) * logits.shape[2]  # queries, [b, 1, 1, 1]
     bias = _masses(shares, (rest.clamp_min(0.05) * there).flatten(2, 4), MASS_RIDGE * asked).log()  # [b, g, t]
 
     values, output = kept.values.float(), (seen.output * there).flatten(2, 3)  # [b, g, n, w]

@@ -40,7 +40,7 @@ class References:
         where `count` `[b]` of them spread over `horizon` tokens. A rotation that is not known turns nothing.
         """
         places = torch.arange(positions.shape[-1], device=positions.device)  # those that there are come first
-        later = places * (horizon / count.clamp_min(1)).unsqueeze(-1)  # [b, k]
+        later = places * (horizon / count.clamp_min(1).float()).unsqueeze(-1)  # [b, k]
         if rotation is not None:
             by = seen.unsqueeze(-1) - positions + later
             query_states = rotation.turn(query_states, by.unsqueeze(1))
@@ -53,7 +53,7 @@ class References:
         length = real.sum(-1)  # [b]
         count = length.clamp_max(MOST)
         places = torch.arange(min(MOST, positions.shape[-1]), device=positions.device)  # [k]
-        steps = (length - 1) / (count - 1).clamp_min(1)  # from one to the next, [b]
+        steps = (length - 1).float() / (count - 1).clamp_min(1)  # from one to the next, [b]
         spaced = (places * steps.unsqueeze(-1)).round().long().clamp_max(positions.shape[-1] - 1)  # [b, k]
         first = (~real).int().argsort(dim=-1, stable=True)  # [b, n], real tokens in their order
         index = first.gather(-1, spaced.clamp_min(0))  # [b, k]

@@ -101,7 +101,7 @@ class Rows:
         """Give the KV heads of some `rows`, bool `[b]`, `budgets` `[b, g]` of their own; `means` `[b]`: over all layers."""
         assert self.counts is not None, "a block was read"
         counts = self.counts if self.counts.dim() == 3 else self.counts.unsqueeze(1).expand(-1, budgets.shape[1], -1)
-        shares = budgets / means.unsqueeze(-1)
+        shares = budgets.float() / means.unsqueeze(-1)
         of_rows = policy.by_head(policy.resolve(self.seen), shares)
         self.counts = torch.where(rows[:, None, None], of_rows, counts)
         self.allotted = rows.clone() if self.allotted is None else self.allotted | rows  # of this layer alone
