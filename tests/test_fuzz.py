@@ -92,7 +92,7 @@ class Life(RuleBasedStateMachine):
 
     def __init__(self):
         super().__init__()
-        self.patched = mock.patch("less_cache.cache.layer.OF_PROMPT", OF_PROMPT)
+        self.patched = mock.patch("less_cache.cache.recording.OF_PROMPT", OF_PROMPT)
         self.patched.start()
 
     def teardown(self):

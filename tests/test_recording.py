@@ -155,7 +155,7 @@ def storage_of(layer: LESSLayer) -> int:
 @pytest.mark.parametrize("rejected", [0, 1, 3, 6, 7])
 @pytest.mark.parametrize("policy", [*STEP_POLICIES, H2O(0.2, 0.2)], ids=repr)
 def test_the_end_of_a_long_first_block_is_a_block_of_its_own(policy, rejected, padding, monkeypatch):
-    monkeypatch.setattr("less_cache.cache.layer.OF_PROMPT", 7)
+    monkeypatch.setattr("less_cache.cache.recording.OF_PROMPT", 7)
     kernels, states = tiny.layer_kernels(4, 2, 4), tiny.random_states(2, 4, 2, 30, 4)
     real = torch.arange(30) >= torch.tensor([[0], [9]])
     layer, other = (LESSLayer(policy, kernels, 0) for _ in range(2))
@@ -177,7 +177,7 @@ def test_the_end_of_a_long_first_block_is_a_block_of_its_own(policy, rejected, p
 @pytest.mark.parametrize("mask", [False, True])
 @pytest.mark.parametrize("policy", STEP_POLICIES, ids=repr)
 def test_all_of_a_long_first_block_attends_to_all_of_it(policy, mask, monkeypatch):
-    monkeypatch.setattr("less_cache.cache.layer.OF_PROMPT", 7)
+    monkeypatch.setattr("less_cache.cache.recording.OF_PROMPT", 7)
     states, real = tiny.random_states(2, 4, 2, 24, 4), torch.ones(2, 24, dtype=torch.bool) if mask else None
     layer, other = (LESSLayer(policy, None, 0) for _ in range(2))
     layer.activate_past_recording()
@@ -188,7 +188,7 @@ def test_all_of_a_long_first_block_attends_to_all_of_it(policy, mask, monkeypatc
 
 def test_documents_that_do_not_see_each_other_are_recorded_whole(monkeypatch):
     """The end of the block would see what is kept of them all."""
-    monkeypatch.setattr("less_cache.cache.layer.OF_PROMPT", 7)
+    monkeypatch.setattr("less_cache.cache.recording.OF_PROMPT", 7)
     states = tiny.random_states(1, 2, 1, 24, 4)
     mask = torch.block_diag(torch.ones(12, 12), torch.ones(12, 12)).bool().tril()[None, None]
     layer = LESSLayer(STEP_POLICIES[0], None, 0)

@@ -13,6 +13,11 @@ class Allotment:
         self.num_layers = num_layers
         self.waiting: list[tuple[Any, Draft]] = []
 
+    def concerns(self, layer: Any, draft: Draft) -> bool:
+        """Whether heads get budgets of their own before they choose: in rows that are over theirs for the first time."""
+        rows = draft.to_allot(layer.setup, layer.held)
+        return rows is not None and bool(rows.any())
+
     def add(self, layer: Any, draft: Draft) -> None:
         """A layer has read a block and has more tokens than its budget; with the last one all choose."""
         if layer.leads:

@@ -1,35 +1,28 @@
 """The cache that users pass to `generate`."""
 
 import copy
-import logging
 import os
-import sys
 import warnings
 import weakref
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from transformers import Cache, PreTrainedConfig, PreTrainedModel
 
 from less_cache.cache import footprint, snapshot
-from less_cache.cache.allotment import Allotment
+from less_cache.cache.building import built, forked
 from less_cache.cache.footprint import MemoryFootprint
 from less_cache.cache.forward import Forward
 from less_cache.cache.layer import LESSLayer
 from less_cache.cache.options import Heads, Options, with_budget
 from less_cache.cache.own import holds_other_rows, own_layers
-from less_cache.cache.static import StaticLESSLayer
 from less_cache.errors import LESSError
 from less_cache.files.paths import expanded
 from less_cache.integration import hook
 from less_cache.integration.families import PREFIX_TUNING, check_supported, full_attention_layers, warn_untested
-from less_cache.integration.probing import rotations
 from less_cache.kernels.check import check_kernels
 from less_cache.kernels.kernels import LESSKernels
 from less_cache.policies import H2O, USUAL_BUDGET, EvictionPolicy
-
-logger = logging.getLogger(__name__)
 
 
 class LESSCache(Cache):
@@ -95,52 +88,21 @@ class LESSCache(Cache):
         if not isinstance(config, PreTrainedConfig):
             raise LESSError(f"LESSCache: expected a transformers model or its config, got {type(model).__name__}.")
         options = Options.chosen(config, policy, kernels, static, budget, heads, slots, fit)
-        policy, kernels = options.policy, options.kernels
         loaded_model = None if isinstance(model, PreTrainedConfig) else model
         check_supported(config, loaded_model)
-
-        layers = own_layers(config, static)
-        full_attention = full_attention_layers(config)
         warn_untested(config.model_type)
-        if kernels is not None:
-            check_kernels(kernels, config, full_attention, loaded_model)
-        layer_class = StaticLESSLayer if static else LESSLayer
-        allotment = Allotment(len(full_attention)) if options.heads == "adaptive" else None
-        turns: Any = {}
-        if policy.asks_references or options.fit:
-            turns = {} if loaded_model is None else rotations(loaded_model)
-            known = "" if any(turns.values()) else "; how its queries turn is not known: they are not turned, nothing is fitted"
-            logger.info("LESSCache of %s: %s%s", config.model_type, options, known)
-        for position, index in enumerate(full_attention):
-            layers[index] = layer_class(
-                policy,
-                kernels.for_layer(index) if kernels is not None else None,
-                index,
-                leads=position == 0,
-                slots=options.slots,
-                shares=options.shares(position),
-                fit=options.fit and turns.get(index) is not None,
-                rotation=turns.get(index),
-                allotment=allotment,
-            )
-        if growing := {type(layer).__name__ for layer in layers if getattr(layer, "max_cache_len", 0) == sys.maxsize}:
-            raise LESSError(
-                "LESSCache: expected layers of a fixed size beside those under LESS for static=True, got "
-                f"{', '.join(growing)}, which grows with the text. Use static=False."
-            )
-        super().__init__(layers=layers)
-        own = [index for index, layer in enumerate(layers) if _takes_tokens(layer) and not isinstance(layer, LESSLayer)]
-        self._forward = Forward(own[-1] if own else None)
-        self._interrupted = False
-        self._emptied: set[int] = set()  # of these layers, those that `reset` left in the shapes of another text
+        if options.kernels is not None:
+            check_kernels(options.kernels, config, full_attention_layers(config), loaded_model)
+        super().__init__(layers=built(config, loaded_model, options, static))
+        self._forward = Forward(self.layers)
+        self._emptied: set[int] = set()  # of the model's own layers, those that `reset` left in the shapes of another text
         self.seen_mask: torch.Tensor | None = None  # which seen tokens the mask of the present forward shows, `[b, t]`
-        self.policy = policy
-        self.kernels = kernels
+        self.policy = options.policy
+        self.kernels = options.kernels
         self.options = options
         self.config = config
         self._may_warn = True  # once about positions that the model was not trained for
         self._model = None if loaded_model is None else weakref.ref(loaded_model)  # asked for its weights when saved
-        layers[full_attention[0]].owner = self._model
         hook.install()
 
     @property
@@ -269,10 +231,7 @@ class LESSCache(Cache):
         """A layer of the model's own takes tokens in, of so many `rows`."""
         if torch.compiler.is_compiling():
             return
-        seen = next(int(layer.cumulative_length) for layer in reversed(self.layers) if isinstance(layer, LESSLayer))
-        self._interrupted = self._interrupted or not self._forward.reach(seen, layer_idx, what, index)
-        if self._interrupted:
-            self.check_whole()
+        self._forward.reach(self.layers, layer_idx, what, index)
         if layer_idx in self._emptied and rows is not None:
             self._emptied = self._emptied - {layer_idx}
             if holds_other_rows(self.layers[layer_idx], rows):
@@ -280,16 +239,7 @@ class LESSCache(Cache):
 
     def check_whole(self) -> None:
         """Raise `LESSError` where a forward ended between two layers, or within one."""
-        less_layers = [layer for layer in self.layers if isinstance(layer, LESSLayer)]
-        lengths = {int(layer.cumulative_length) for layer in less_layers}
-        if self._interrupted or len(lengths) > 1:
-            seen = f" (tokens seen: {' and '.join(map(str, sorted(lengths)))})" if len(lengths) > 1 else ""
-            raise LESSError(
-                f"The last forward was interrupted between two layers{seen}. "
-                "Call cache.reset() and pass the whole conversation."
-            )
-        for layer in less_layers:
-            layer.check_whole()
+        self._forward.check_whole(self.layers)
 
     def reset(self) -> None:
         """Forget everything: the next text is a new one."""
@@ -301,7 +251,6 @@ class LESSCache(Cache):
             anew = own_layers(self.config, static=False)  # transformers' layers keep the shapes that they had, and record on
             self.layers = [anew[index] if index in own else layer for index, layer in enumerate(self.layers)]
         self._forward.reset()
-        self._interrupted = False
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor | None, ...]]:
         """Keys, values and window of each layer, as a `DynamicCache` gives them: under LESS those of the kept tokens, without
@@ -346,12 +295,7 @@ class LESSCache(Cache):
         other = copy.copy(self)
         other._model = self._model
         other._forward = copy.deepcopy(self._forward)
-        other.layers = [layer.fork() if isinstance(layer, LESSLayer) else copy.deepcopy(layer) for layer in self.layers]
-        less_layers = [layer for layer in other.layers if isinstance(layer, LESSLayer)]
-        if less_layers[0].allotment is not None:
-            allotment = Allotment(len(less_layers))
-            for layer in less_layers:
-                layer.allotment = allotment
+        other.layers = forked(self.layers)
         return other
 
     def __deepcopy__(self, memo: dict) -> "LESSCache":
@@ -389,8 +333,3 @@ class LESSCache(Cache):
     def memory_footprint(self) -> MemoryFootprint:
         """Bytes held now, and what a full cache would take for as many tokens."""
         return footprint.measure(self.layers)
-
-
-def _takes_tokens(layer: Any) -> bool:
-    """Whether a layer holds anything; transformers puts empty ones where a model has no attention."""
-    return type(layer).__name__ != "DummyLayer"  # older versions have no such class

@@ -5,7 +5,7 @@ before. A first block has nothing before it: its gradient is right for as long a
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -26,7 +26,31 @@ def wanted(states: Sequence[torch.Tensor], text: Text) -> bool:
     return torch.is_grad_enabled() and (text.carries or any(each.requires_grad for each in states))
 
 
-def carrying(own: functools.partial) -> functools.partial:
+def attended(
+    attend: Callable,
+    own: functools.partial,
+    states: Sequence[torch.Tensor],
+    attention_mask: torch.Tensor | None,
+    is_first: bool,
+    text: Text,
+) -> torch.Tensor:
+    """What `attend` gives for `own`, states and mask, with the gradients that there are.
+
+    Of a block that nothing precedes, `is_first`, the gradient goes to the output of `own`, which is the same but for rounding,
+    unless the text goes on with gradients. Of a later one it is an error, and from then on of the first as well.
+    """
+    output = attend(_carrying(own), states, attention_mask)
+    if not is_first:
+        text.went_on = True
+        return _LaterBlock.apply(output, *states)
+    models_own = output
+    if not output.requires_grad:  # the weights that the policy asked for gave it
+        models_own, _ = own(*states, attention_mask)
+    text.carries = True
+    return _FirstBlock.apply(output.detach(), models_own, text)
+
+
+def _carrying(own: functools.partial) -> functools.partial:
     """An attention function with its arguments that carries gradients wherever it is called."""
 
     def attention(*args: Any, **kwargs: Any) -> Any:
@@ -34,20 +58,6 @@ def carrying(own: functools.partial) -> functools.partial:
             return own.func(*args, **kwargs)
 
     return functools.partial(attention, *own.args, **own.keywords)
-
-
-def of_first_block(output: torch.Tensor, models_own: torch.Tensor, text: Text) -> torch.Tensor:
-    """The output of a block that nothing precedes: its gradient goes to the model's own output, which is the same but for
-    rounding, unless the text went on with gradients.
-    """
-    text.carries = True
-    return _FirstBlock.apply(output.detach(), models_own, text)
-
-
-def of_later_block(output: torch.Tensor, states: Sequence[torch.Tensor], text: Text) -> torch.Tensor:
-    """The output of a block after others: an error for whoever asks for its gradient, or from now on for the first's."""
-    text.went_on = True
-    return _LaterBlock.apply(output, *states)
 
 
 class _FirstBlock(torch.autograd.Function):

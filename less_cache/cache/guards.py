@@ -195,15 +195,3 @@ def _first_positions(position_ids: torch.Tensor, real: torch.Tensor | None, b: i
         return position_ids[:, 0]
     first = position_ids.expand(b, -1).gather(1, real.int().argmax(dim=-1, keepdim=True))[:, 0]
     return first.masked_fill(~real.any(dim=-1), torch.iinfo(first.dtype).max)
-
-
-def check_crop(layer_idx: int, tokens_to_remove: int, recorded: int, reach: int, of_prompt: int) -> None:
-    """Raise unless the last `-tokens_to_remove` of the `recorded` tokens can be given back."""
-    if tokens_to_remove > 0:
-        raise LESSError(f"crop: expected 0 or minus the number of tokens to remove, got {tokens_to_remove}.")
-    if -tokens_to_remove > recorded:
-        raise LESSError(
-            f"Layer {layer_idx}: crop({tokens_to_remove}) goes back further than the {recorded} tokens that are recorded: "
-            "older ones are folded in. Call cache.activate_past_recording() before the tokens to crop, and "
-            f"crop before {reach} more have come; of a prompt, the last {of_prompt} can be given back."
-        )

@@ -17,7 +17,7 @@ from less_cache.backends.select import attends_prompt, take_block, take_step
 from less_cache.cache import gradients, guards
 from less_cache.cache.allotment import Allotment
 from less_cache.cache.holding import HoldingLayer
-from less_cache.cache.recording import OF_PROMPT, REACH, Recording
+from less_cache.cache.recording import Recording, check_crop, num_unrecorded
 from less_cache.errors import LESSError
 from less_cache.integration import hook
 from less_cache.memory import LayerMemory
@@ -165,8 +165,7 @@ class LESSLayer(HoldingLayer):
 
     def check_crop(self, tokens_to_remove: int) -> None:
         """Raise unless `crop` can do it."""
-        recorded = self._recording.num_tokens if self._recording is not None else 0
-        guards.check_crop(self.layer_idx, tokens_to_remove, recorded, REACH, OF_PROMPT)
+        check_crop(self.layer_idx, 0 if self._recording is None else self._recording.num_tokens, tokens_to_remove)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Give back the last `-tokens_to_remove` tokens, state and scores included; 0: they stay, and nothing older goes."""
@@ -202,16 +201,9 @@ class LESSLayer(HoldingLayer):
         """
         states = query_states, key_states, value_states
         own = functools.partial(original, module, dropout=dropout, scaling=scaling, **kwargs)
-        if not gradients.wanted(states, self._text):
-            return self._attend(own, states, attention_mask), None
-        is_first = self.is_empty
-        output = self._attend(gradients.carrying(own), states, attention_mask)
-        if not is_first:
-            return gradients.of_later_block(output, states, self._text), None
-        models_own = output
-        if not output.requires_grad:  # the weights that the policy asked for gave it
-            models_own, _ = own(*states, attention_mask)
-        return gradients.of_first_block(output, models_own, self._text), None
+        if gradients.wanted(states, self._text):
+            return gradients.attended(self._attend, own, states, attention_mask, self.is_empty, self._text), None
+        return self._attend(own, states, attention_mask), None
 
     @torch.inference_mode(False)  # a cache filled under inference mode may go on outside of it
     @torch.no_grad()
@@ -222,7 +214,7 @@ class LESSLayer(HoldingLayer):
         all arguments but queries, keys, values and mask.
         """
         call, again = self._accept(own, states, attention_mask)
-        output, unrecorded = None, self._unrecorded(call)
+        output, unrecorded = None, num_unrecorded(self, call)
         if self.is_empty and (unrecorded or not attends_prompt(self.setup.policy, call)):
             output, _ = own(*states, attention_mask, scaling=call.scaling)
         self._open = True
@@ -289,13 +281,6 @@ class LESSLayer(HoldingLayer):
             guards.check_reader(self.layer_idx, module, owner)
         self.owner = weakref.ref(module)
 
-    def _unrecorded(self, call: AttentionCall) -> int:
-        """How many tokens at the start of a first block are taken in for good, as `crop` never goes back that far."""
-        before = call.num_tokens - OF_PROMPT
-        if not self.record_past or not self.is_empty or self.allotment is not None:  # adaptive heads wait with all of it
-            return 0
-        return before if before > 0 and call.can_part(before) else 0
-
     def take_in(self, call: AttentionCall, as_block: bool = False) -> torch.Tensor | None:
         """Read the new tokens and take them in: attention output `[b, h, n, d]`, or None where the model's own gives it.
 
@@ -326,18 +311,11 @@ class LESSLayer(HoldingLayer):
         if self.leads and call.real is not None:
             self._held.rows.remember_padding(call.real, int(self.cumulative_length))
         self.cumulative_length += call.num_tokens
-        if draft is not None and self._is_to_be_allotted(draft):
+        if draft is not None and self.allotment is not None and self.allotment.concerns(self, draft):
             self.allotment.add(self, draft)
         elif draft is not None:
             self.choose(draft)
         return output
-
-    def _is_to_be_allotted(self, draft: Draft) -> bool:
-        """Whether heads get budgets of their own before they choose: in rows that are over theirs for the first time."""
-        if self.allotment is None:
-            return False
-        rows = draft.to_allot(self.setup, self._held)
-        return rows is not None and bool(rows.any())
 
     def choose(self, draft: Draft) -> None:
         """Keep some of what was read, and fold in the rest."""

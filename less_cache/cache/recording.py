@@ -2,10 +2,31 @@
 
 from typing import Any
 
+from less_cache.errors import LESSError
 from less_cache.ops.call import AttentionCall
 
 REACH = 1024  # tokens after which a recording that nobody crops ends
 OF_PROMPT = 128  # tokens of a first block that can be given back: candidates come at its end
+
+
+def num_unrecorded(layer: Any, call: AttentionCall) -> int:
+    """How many tokens at the start of a first block are taken in for good, as `crop` never goes back that far."""
+    before = call.num_tokens - OF_PROMPT
+    if not layer.record_past or not layer.is_empty or layer.allotment is not None:  # adaptive heads wait with all of it
+        return 0
+    return before if before > 0 and call.can_part(before) else 0
+
+
+def check_crop(layer_idx: int, recorded: int, tokens_to_remove: int) -> None:
+    """Raise unless the last `-tokens_to_remove` of the `recorded` tokens can be given back."""
+    if tokens_to_remove > 0:
+        raise LESSError(f"crop: expected 0 or minus the number of tokens to remove, got {tokens_to_remove}.")
+    if -tokens_to_remove > recorded:
+        raise LESSError(
+            f"Layer {layer_idx}: crop({tokens_to_remove}) goes back further than the {recorded} tokens that are recorded: "
+            "older ones are folded in. Call cache.activate_past_recording() before the tokens to crop, and "
+            f"crop before {REACH} more have come; of a prompt, the last {OF_PROMPT} can be given back."
+        )
 
 
 class Recording:
