@@ -441,6 +441,21 @@ def test_a_recorded_prompt_is_chosen_from_as_one():
 
 
 @torch.no_grad()
+def test_a_recorded_block_that_is_the_first_over_budget_counts_as_its_steps():
+    """The choice falls between two tokens of the block, where no layer can wait for the others."""
+    block, steps = (LESSCache(MODEL, AttentionMatching(8, every=4), heads="adaptive") for _ in range(2))
+    for cache in (block, steps):
+        cache.activate_past_recording()
+        MODEL(TEXT[:, :6], past_key_values=cache)
+    logits = MODEL(TEXT[:, 6:13], past_key_values=block).logits
+    expected = [MODEL(TEXT[:, token : token + 1], past_key_values=steps).logits for token in range(6, 13)]
+    torch.testing.assert_close(logits, torch.cat(expected, dim=1), rtol=1e-3, atol=1e-3)
+    for layer, other in zip(block.layers, steps.layers, strict=True):
+        assert tiny.held_positions(layer) == tiny.held_positions(other)
+        assert all(set(range(10, 13)) <= set(head) for heads in tiny.held_positions(layer) for head in heads)
+
+
+@torch.no_grad()
 def test_an_interrupted_prompt_is_not_held():
     """What layers had read and not chosen from is let go with `reset`, and nothing of it is in the next text."""
     cache, fresh = (LESSCache(MODEL, AttentionMatching(12), heads="adaptive") for _ in range(2))

@@ -14,7 +14,13 @@ class Allotment:
         self.waiting: list[tuple[Any, Draft]] = []
 
     def concerns(self, layer: Any, draft: Draft) -> bool:
-        """Whether heads get budgets of their own before they choose: in rows that are over theirs for the first time."""
+        """Whether heads get budgets of their own before they choose: in rows that are over theirs for the first time.
+
+        Not after the first block while tokens are recorded: each layer takes those of a block in one by one then, and cannot
+        wait for the others between two of them.
+        """
+        if layer.record_past and not layer.is_empty:
+            return False
         rows = draft.to_allot(layer.setup, layer.held)
         return rows is not None and bool(rows.any())
 
