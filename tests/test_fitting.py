@@ -396,6 +396,22 @@ def test_a_padded_row_is_fitted_as_alone(heads):
             torch.testing.assert_close(given[there], getattr(wanted, name)[0][there], rtol=1e-2, atol=1e-2)
 
 
+@torch.no_grad()
+def test_a_row_that_loses_nothing_is_not_fitted():
+    """A fit would make up for what its slots round, but only where another row is over its budget."""
+    real = torch.arange(60) >= torch.tensor([[0], [54]])
+    options = {"slots": "int8", "kernels": tiny.tiny_kernels(MODEL)}
+    cache, alone = (LESSCache(MODEL, AttentionMatching(12, every=4), **options) for _ in range(2))
+    MODEL(TEXT[:, :60], attention_mask=real.long(), position_ids=(real.cumsum(-1) - 1).clamp_min(0), past_key_values=cache)
+    MODEL(TEXT[1:, 54:60], past_key_values=alone)
+    for padded, unpadded in zip(cache.layers, alone.layers, strict=True):
+        held, wanted = padded.held.slots.columns(), unpadded.held.slots.columns()
+        order = held.positions[1].argsort(dim=-1)[:, -6:]  # [g, 6], empty slots come first
+        assert (held.bias[0] != 0).any() and (held.bias[1] == 0).all()
+        values = held.values[1].gather(1, order.unsqueeze(-1).expand(-1, -1, held.values.shape[-1]))
+        torch.testing.assert_close(values, wanted.values[0], rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("slots", list(FORMATS))
 @torch.no_grad()
 def test_all_of_it_is_saved_and_forked(slots, tmp_path):

@@ -67,7 +67,7 @@ def choose(setup: Setup, held: Held, draft: Draft) -> None:
             pairs = columns.keys[:, :, part], columns.values[:, :, part]
             memory.fold_in(held.state, *pairs, leaves[..., part], columns.positions[..., part], seen)
     if draft.seen is not None and bool(leaves.any()):
-        columns, keep = _fitted(setup, held, draft, keep)
+        columns, keep = _fitted(setup, held, draft, keep, leaves.flatten(1).any(-1))
     if policy.block_size is None:
         grown = draft.tokens if setup.grows else None
         held.slots = Slots.keep(columns, keep, policy.capacity(counts), grown, setup.format)
@@ -80,8 +80,10 @@ def choose(setup: Setup, held: Held, draft: Draft) -> None:
     held.is_whole = held.is_whole and not bool(leaves.any())
 
 
-def _fitted(setup: Setup, held: Held, draft: Draft, keep: torch.Tensor) -> tuple[Columns, torch.Tensor]:
-    """The kept columns alone, with biases and values that were fitted, and which of them there are, `[b, g, t]`."""
+def _fitted(setup: Setup, held: Held, draft: Draft, keep: torch.Tensor, rows: torch.Tensor) -> tuple[Columns, torch.Tensor]:
+    """The kept columns alone, and which of them there are, `[b, g, t]`; with biases and values that were fitted in the `rows`,
+    bool `[b]`, that have lost something.
+    """
     assert draft.seen is not None, "there is something to fit"
     most = int(keep.sum(-1).max())
     order = (~keep).int().argsort(dim=-1, stable=True)[..., :most]  # [b, g, t], kept ones first
@@ -99,7 +101,7 @@ def _fitted(setup: Setup, held: Held, draft: Draft, keep: torch.Tensor) -> tuple
     kept.keys = setup.format.decode(setup.format.encode(kept.keys), columns.keys.dtype)  # the fit makes up for its errors
     references = draft.seen.references
     virtual = virtual_tokens(setup, held, references.query_states, draft.call, references.later)
-    bias, values, change = fit(draft.seen, kept, draft.call, virtual)
+    bias, values, change = fit(draft.seen, kept, draft.call, virtual, rows)
     if change is not None:
         setup.memory.change_values(held.state, change)
     kept.bias, kept.values = bias.masked_fill(~there, 0), values.to(columns.values.dtype)

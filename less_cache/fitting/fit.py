@@ -21,14 +21,15 @@ VALUE_RIDGE = 1e-3  # pull of the values to what they were, of the mean square w
 
 
 def fit(
-    seen: Seen, kept: Columns, call: AttentionCall, virtual: Any = None
+    seen: Seen, kept: Columns, call: AttentionCall, virtual: Any = None, rows: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Biases and values of the `kept` columns `[b, g, t, *]` that give the references what they saw of all.
 
     A bias β is added to a token's logit, as if it stood for e^β tokens: the biases are those for which the kept tokens and the
     state have the weight of all tokens, Σ_j e^{β_j} a_ij + state_i = 1 for every reference i, by least squares with a small
     pull to 0. Then the values, and with them those of the virtual tokens, solve X V = Y by ridge regression to what they were:
-    X the new weights, Y the attention of all tokens. A head for which this is worse than nothing keeps what it had.
+    X the new weights, Y the attention of all tokens. A head for which this is worse than nothing keeps what it had, and so do
+    all but the `rows`, bool `[b]`.
 
     Source: Zweiger et al., "Attention Matching", 2026 (arXiv 2602.16284); there without a state, and with other solvers.
 
@@ -66,6 +67,8 @@ def fit(
     before = (output - weights(0.0) @ values).square().sum((2, 3), keepdim=True)  # [b, g, 1, 1]
     after = (output - fitted @ (values + change)).square().sum((2, 3), keepdim=True)
     better = after < before  # never where something is not finite
+    if rows is not None:
+        better = better & rows.view(-1, 1, 1, 1)
     change = change.where(better, 0)
     bias = bias.where(better.squeeze(-1), 0)
     if kept.bias is not None:
