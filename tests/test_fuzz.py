@@ -3,6 +3,7 @@
 Under a budget above the text's length that is a DynamicCache, under a small one another LESSCache.
 """
 
+import contextlib
 import copy
 import dataclasses
 import io
@@ -12,6 +13,7 @@ import tempfile
 from unittest import mock
 
 import pytest
+import tiny
 import torch
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
@@ -21,8 +23,11 @@ from tiny import VOCAB, tiny_kernels, tiny_llama
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 from transformers.models.falcon.modeling_falcon import FalconAttention
 
-from less_cache import CORM, H2O, LESSCache, LESSError, LESSKernels, SinkRecent
+from less_cache import CORM, H2O, AttentionMatching, LESSCache, LESSError, LESSKernels, SinkRecent
+from less_cache.cache.layer import LESSLayer
 from less_cache.integration import hook
+from less_cache.memory.centroids import CentroidState
+from less_cache.testing.reference import reference_attention
 
 MODEL, OTHER = tiny_llama(), tiny_llama(seed=1)
 HALF = copy.deepcopy(MODEL).bfloat16()
@@ -32,12 +37,37 @@ KERNELS = {
     "soft_centroids": tiny_kernels(MODEL, memory="soft_centroids"),
     "untrained": LESSKernels.untrained(MODEL),
 }
-LARGE = [H2O(500, 500), SinkRecent(2, 500), CORM(500, 500)]
-SMALL = [H2O(3, 4), H2O(0.3, 0.2), SinkRecent(2, 4), CORM(3, 4)]
-LONGEST, OF_PROMPT = 60, 6
+LARGE = [
+    {"policy": H2O(500, 500)},
+    {"policy": SinkRecent(2, 500)},
+    {"policy": CORM(500, 500)},
+    {"policy": AttentionMatching(500, every=5)},
+    {"policy": AttentionMatching(500, every=5), "heads": "adaptive"},
+]
+SMALL = [
+    {"policy": H2O(3, 4)},
+    {"policy": H2O(0.3, 0.2)},
+    {"policy": SinkRecent(2, 4)},
+    {"policy": CORM(3, 4)},
+]
+FITTED = [
+    {"policy": AttentionMatching(7, every=4), "fit": False},
+    {"policy": AttentionMatching(7, every=4)},
+    {"policy": AttentionMatching(0.4, every=5), "heads": "adaptive", "slots": "int4"},
+    {"policy": AttentionMatching(9, every=3), "heads": "adaptive", "slots": "int8"},
+    {"policy": H2O(3, 4), "heads": "adaptive", "fit": True},
+]
+TYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+LONGEST, OF_PROMPT = 80, 6
+FEW = {  # so that a dozen tokens are many
+    "less_cache.cache.recording.OF_PROMPT": OF_PROMPT,
+    "less_cache.slots.asked.PLACES": 2,
+    "less_cache.slots.asked.STRIDE": 3,
+    "less_cache.fitting.references.MOST": 5,
+}
 
 SEEDS = st.integers(0, 2**16)
-LENGTHS = st.integers(1, 9)
+LENGTHS = st.integers(1, 9) | st.integers(10, 24)
 
 
 @dataclasses.dataclass
@@ -47,17 +77,18 @@ class Block:
     tokens: torch.Tensor  # [b, n]
     mask: torch.Tensor  # [b, t + n] bool, of those seen and these
     split: int | None = None  # tokens from here on do not see those of this block before it, as two packed documents
+    waits: bool = False  # it came while tokens were recorded, when adaptive heads get no budgets of their own
 
     @property
     def real(self) -> torch.Tensor:
         return self.mask[:, -self.tokens.shape[1] :]
 
     def rows(self, indices: torch.Tensor) -> "Block":
-        return Block(self.tokens[indices], self.mask[indices], self.split)
+        return dataclasses.replace(self, tokens=self.tokens[indices], mask=self.mask[indices])
 
     def part(self, start: int, stop: int) -> "Block":
         before = self.mask.shape[1] - self.tokens.shape[1]
-        return Block(self.tokens[:, start:stop], self.mask[:, : before + stop], self.split)
+        return dataclasses.replace(self, tokens=self.tokens[:, start:stop], mask=self.mask[:, : before + stop])
 
     def attention_mask(self) -> torch.Tensor:
         if self.split is None:
@@ -76,6 +107,28 @@ def read(cache, block: Block, model=MODEL) -> torch.Tensor:
     return model(block.tokens, past_key_values=cache, **options).logits
 
 
+def feed(cache, block: Block) -> torch.Tensor:
+    """`read`, as the tokens came to another cache."""
+    for layer in cache.layers:
+        layer.record_past = block.waits
+    try:
+        return read(cache, block)
+    finally:
+        for layer in cache.layers:
+            layer.record_past, layer._recording = False, None
+
+
+@contextlib.contextmanager
+def default_type(dtype: torch.dtype):
+    """torch's default dtype within, as it was afterwards."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 def as_in_a_new_process() -> None:
     """No cache was made yet: attention is transformers' own."""
     if hook._installed:
@@ -88,33 +141,40 @@ def as_in_a_new_process() -> None:
 class Life(RuleBasedStateMachine):
     """A cache, and the blocks that lead to it."""
 
-    policies: list
+    kinds: list[dict]
 
     def __init__(self):
         super().__init__()
-        self.patched = mock.patch("less_cache.cache.recording.OF_PROMPT", OF_PROMPT)
-        self.patched.start()
+        self.patched = contextlib.ExitStack()
+        for name, number in FEW.items():
+            self.patched.enter_context(mock.patch(name, number))
+        self.patched.enter_context(default_type(torch.float32))
 
     def teardown(self):
-        self.patched.stop()
+        self.patched.close()
 
-    @initialize(data=st.data(), memory=st.sampled_from(list(KERNELS)), b=st.integers(1, 3))
-    def begin(self, data, memory, b):
-        self.policy, self.kernels, self.b = data.draw(st.sampled_from(self.policies)), KERNELS[memory], b
-        self.cache = LESSCache(MODEL, self.policy, self.kernels)
+    @initialize(data=st.data(), memory=st.sampled_from([*KERNELS, "untrained"]), b=st.integers(1, 3), dtype=st.sampled_from(TYPES))
+    def begin(self, data, memory, b, dtype):
+        torch.set_default_dtype(dtype)
+        self.options, self.b = {**data.draw(st.sampled_from(self.kinds)), "kernels": KERNELS[memory]}, b
+        self.cache = self.new_cache()
         self.forget()
+
+    def new_cache(self) -> LESSCache:
+        return LESSCache(MODEL, **self.options)
 
     def forget(self):
         self.history: list[Block] = []
         self.mask = torch.ones(self.b, 0, dtype=torch.bool)  # of all tokens seen
         self.plain = None  # a cache that was fed the history; None: there is none now
         self.is_owned = True  # a cache of another process belongs to whom reads it first
+        self.has_hidden = False  # a mask has hidden tokens that were seen
 
     # What is right
 
     @property
     def is_large(self) -> bool:
-        return self.policies is LARGE
+        return self.kinds is LARGE
 
     @property
     def records(self) -> bool:
@@ -125,10 +185,11 @@ class Life(RuleBasedStateMachine):
         recording = self.cache.layers[0]._recording
         return 0 if recording is None else recording.num_tokens
 
+    @default_type(torch.float32)
     def fed(self):
-        cache = DynamicCache(config=MODEL.config) if self.is_large else LESSCache(MODEL, self.policy, self.kernels)
+        cache = DynamicCache(config=MODEL.config) if self.is_large else self.new_cache()
         for block in self.history:
-            read(cache, block)
+            feed(cache, block)
         return cache
 
     def parts(self, block: Block) -> list[Block]:
@@ -136,15 +197,19 @@ class Life(RuleBasedStateMachine):
         n = block.tokens.shape[1]
         if self.is_large or not self.records:
             return [block]
+        if self.options.get("heads") == "adaptive":
+            block = dataclasses.replace(block, waits=True)
         if self.history:
             return [block.part(token, token + 1) for token in range(n)]
-        before = n - OF_PROMPT
+        before = 0 if self.options.get("heads") == "adaptive" else n - OF_PROMPT
         return [block.part(0, before), block.part(before, n)] if before > 0 and block.split is None else [block]
 
+    @default_type(torch.float32)
     def expect(self, parts: list[Block], block: Block) -> torch.Tensor:
         """The right logits of a block, which becomes part of the history. A first block has full attention."""
+        self.has_hidden |= bool((self.mask & ~block.mask[:, : self.mask.shape[1]]).any())
         self.plain = self.fed() if self.plain is None else self.plain
-        expected = torch.cat([read(self.plain, part) for part in parts], dim=1)
+        expected = torch.cat([feed(self.plain, part) for part in parts], dim=1)
         if not self.history:
             expected = read(DynamicCache(config=MODEL.config), block)
         self.history += parts
@@ -204,17 +269,10 @@ class Life(RuleBasedStateMachine):
             parts = self.parts(block)
             self.check(read(self.cache, block), parts, block)
 
-    @precondition(has_room)
-    @rule(n=LENGTHS, seed=SEEDS)
-    def a_block_under_another_default_type(self, n, seed):
-        block = self.block(n, seed)
-        parts = self.parts(block)
-        torch.set_default_dtype(torch.bfloat16)
-        try:
-            logits = read(self.cache, block)
-        finally:
-            torch.set_default_dtype(torch.float32)
-        self.check(logits, parts, block)
+    @rule(dtype=st.sampled_from(TYPES))
+    def another_default_type(self, dtype):
+        """From now on; what is right is computed under float32."""
+        torch.set_default_dtype(dtype)
 
     @precondition(lambda self: self.history)
     @rule(seed=SEEDS, what=st.sampled_from(["reorder", "select", "repeat"]))
@@ -252,7 +310,7 @@ class Life(RuleBasedStateMachine):
         elif self.history:
             with tempfile.TemporaryDirectory() as folder:
                 before.save(os.path.join(folder, "cache"))
-                self.cache = LESSCache.load(os.path.join(folder, "cache"), MODEL, self.kernels)
+                self.cache = LESSCache.load(os.path.join(folder, "cache"), MODEL, self.options["kernels"])
         if before is not self.cache and seed % 2 and what in ("fork", "deepcopy", "file"):
             read(before, self.block(3, seed))  # goes its own way
 
@@ -326,38 +384,101 @@ class Life(RuleBasedStateMachine):
             self.reset()
             return
         expected = self.fed() if self.history else DynamicCache(config=MODEL.config)
-        if self.records and self.history and not self.is_large:
-            wanted = torch.cat([read(expected, after.part(token, token + 1)) for token in range(2)], dim=1)
-        else:
-            wanted = read(expected, after)
+        parts = self.parts(after) if self.history else [after]
+        with default_type(torch.float32):
+            wanted = torch.cat([feed(expected, part) for part in parts], dim=1)
         torch.testing.assert_close(logits, wanted, rtol=1e-3, atol=1e-4)
+
+    @precondition(lambda self: self.history and not self.is_large)
+    @rule(n=LENGTHS, seed=SEEDS)
+    @default_type(torch.float32)
+    def rows_alone(self, n, seed):
+        """Each as in a cache of its own; one that was padding alone for a block would be taken for a shorter prompt there."""
+        block = self.block(n, seed)
+        parts = self.parts(block)
+        logits = read(self.cache.fork(), block)
+        for row in torch.arange(self.b).split(1):
+            if not all(each.real[row].any() for each in self.history):
+                continue
+            alone = self.new_cache()
+            for each in (*self.history, *parts):
+                own = feed(alone, each.rows(row))
+            close = 1e-2 if self.cache.options.fit else 1e-3  # a fit makes more of rounding
+            torch.testing.assert_close(logits[row, -own.shape[1] :], own, rtol=close, atol=close)
+
+    def the_formula_takes_it(self) -> bool:
+        """The oracle knows padding anywhere and trained memories, but nothing that is fitted, shared out or stored in codes."""
+        is_plain = not self.cache.options.fit and self.options.keys() <= {"policy", "kernels", "fit"}
+        trained = self.cache.kernels is None or self.cache.kernels.is_trained
+        return is_plain and trained and not self.has_hidden and all(block.split is None for block in self.history)
+
+    @precondition(lambda self: self.history and not self.is_large and self.the_formula_takes_it())
+    @rule()
+    @default_type(torch.float32)
+    def every_layer_is_the_formula(self):
+        """The same blocks again, of which every layer gives what the O(T²) reference does, and holds the same as this cache."""
+        blocks = [block.tokens.shape[1] for block in self.history]
+        for index, (layer, calls) in enumerate(self.attended()):
+            *states, output = (torch.cat(each, dim=2) for each in zip(*calls, strict=True))
+            options = {"rotation": layer.setup.rotation}
+            expected, kept = reference_attention(*states, layer.setup.policy, blocks, layer.setup.memory, self.mask, **options)
+            attended = self.mask[:, None, :, None].expand_as(output)
+            torch.testing.assert_close(output[attended], expected[attended].float(), rtol=1e-3, atol=1e-4)
+            assert torch.equal(tiny.held_tokens(self.cache.layers[index], self.mask), kept[-1])
+
+    def attended(self) -> list[tuple[LESSLayer, list[tuple[torch.Tensor, ...]]]]:
+        """Every layer of a cache that was fed the history, with the queries, keys, values and outputs of each block."""
+        calls: dict[int, list] = {}
+        attend = LESSLayer.attend
+
+        def recorded(layer, original, module, *states_and_mask, **attention):
+            output, weights = attend(layer, original, module, *states_and_mask, **attention)
+            calls.setdefault(layer.layer_idx, []).append((*states_and_mask[:3], output.transpose(1, 2)))
+            return output, weights
+
+        with mock.patch.object(LESSLayer, "attend", recorded):
+            layers = self.fed().layers
+        return [(layer, calls[index]) for index, layer in enumerate(layers)]
 
     @invariant()
     def all_is_counted(self):
-        if hasattr(self, "history") and self.history:
-            assert self.cache.get_seq_length() == self.mask.shape[1]
-            for layer in self.cache.layers:
-                assert layer.positions.max() < self.mask.shape[1]
-                if self.is_large:
-                    assert layer.seen.tolist() == self.mask.sum(-1).tolist()
-                    assert (layer.positions >= 0).sum(-1).tolist() == self.mask.sum(-1, keepdim=True).expand(-1, 2).tolist()
+        if not getattr(self, "history", None):
+            return
+        assert self.cache.get_seq_length() == self.mask.shape[1]
+        seen = self.mask.sum(-1)  # [b]
+        for layer in self.cache.layers:
+            assert layer.seen.tolist() == seen.tolist()
+            assert all(each.isfinite().all() for each in layer.tensors().values())
+            for row, heads in zip(seen.tolist(), tiny.held_positions(layer), strict=True):
+                for head in heads:
+                    assert len(set(head)) == len(head) and set(head) <= set(range(row))
+            kept = (layer.positions >= 0).sum(-1)  # [b, g]
+            if self.is_large:
+                assert (kept == seen.unsqueeze(-1)).all()
+            elif isinstance(layer.state, CentroidState):
+                folded = layer.state.count.sum(-1)
+                counted = kept + folded
+                assert (counted >= seen.unsqueeze(-1)).all() if self.has_hidden else (counted == seen.unsqueeze(-1)).all()
 
 
 class LargeBudget(Life):
-    policies = LARGE
+    kinds = LARGE
 
 
 class SmallBudget(Life):
-    policies = SMALL
+    kinds = SMALL
+
+
+class FittedBudget(Life):
+    kinds = FITTED
 
 
 lives = settings(
-    max_examples=40,
+    max_examples=4 * settings.default.max_examples // 3,
     stateful_step_count=14,
     deadline=None,
-    derandomize=True,
     phases=[Phase.explicit, Phase.generate],  # shrinking a life takes minutes; its steps are printed as they are
     suppress_health_check=list(HealthCheck),
 )
-TestLargeBudget, TestSmallBudget = LargeBudget.TestCase, SmallBudget.TestCase
-TestLargeBudget.settings = TestSmallBudget.settings = lives
+TestLargeBudget, TestSmallBudget, TestFittedBudget = (each.TestCase for each in (LargeBudget, SmallBudget, FittedBudget))
+TestLargeBudget.settings = TestSmallBudget.settings = TestFittedBudget.settings = lives
