@@ -187,26 +187,36 @@ def test_train_on_a_dataset_of_the_hub(model, tmp_path, monkeypatch):
     assert LESSKernels.from_pretrained(tmp_path / "kernels").config.training["data"] == ["org/books:en"]
 
 
+TWICE = """
+from pathlib import Path
+from sys import argv
+from less_cache.cli import app
+from less_cache.training.processes import Processes
+
+app(standalone_mode=False)
+processes = Processes()
+if processes.is_first:
+    (Path(argv[argv.index("--output") + 1]) / "work").mkdir()  # as if stopped after the last file
+processes.wait()
+app(standalone_mode=False)
+"""
+
+
 def test_two_processes_train_one_set(model, text, tmp_path):
     """The bytes of one process, written once."""
     script = tmp_path / "script.py"  # not the module: -m would run it with the arguments of another torchrun
-    script.write_text("from less_cache.cli import app; app()")
+    script.write_text(TWICE)
     sizes = ("--joint-steps", 2, "--prompt-length", 40, "--hidden-size", 4, "--sequences", 2)
-
-    def trained(launch: list, output: Path) -> str:
-        words = [*launch, script, "train", model, "--data", text, "--output", output, *sizes]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}  # another number may add in another order
-        done = subprocess.run(list(map(str, words)), env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    two = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
-    assert trained(two, tmp_path / "two").count("Wrote ") == 1
-    trained([sys.executable], tmp_path / "one")
+    train = ("train", model, "--data", text, *sizes, "--output")
+    launch = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", 2, "--standalone", script)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # as here: another number may add in another order
+    two = subprocess.run(list(map(str, (*launch, *train, tmp_path / "two"))), env=environment, capture_output=True, text=True)
+    assert two.returncode == 0, two.stderr
+    assert two.stdout.count("Wrote ") == 1 and two.stdout.count("finished.") == 1
+    one = run(*train, tmp_path / "one")
+    assert one.exit_code == 0, one.output
     for name in ("less_kernels.safetensors", "training_log.json"):
         assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes(), name
-    (tmp_path / "two" / "work").mkdir()  # as if stopped after the last file
-    assert trained(two, tmp_path / "two").count("finished.") == 1
 
 
 def test_slow_training_shows_the_time_left():
@@ -428,7 +438,7 @@ def test_prompts_of_the_default_fit_the_model(context, longest):
 def test_bench_ends_in_a_report_and_a_picture(benchmark, model, tmp_path):
     options = {
         "decode": ("--rounds", 1, "--tokens", 2, "--batch", 2),
-        "prefill": ("--rounds", 2, "--chunk", 16),
+        "prefill": ("--rounds", 2, "--chunk", 16, "--batch", 2, "--padding", 3),
         "memory": ("--batch", 2),
         "batch": ("--rounds", 1, "--tokens", 1, "--memory", "1MiB", "--cache", "less", "--cache", "less_static"),
     }[benchmark]
@@ -447,6 +457,7 @@ def test_bench_ends_in_a_report_and_a_picture(benchmark, model, tmp_path):
         "memory": ["dynamic", "static", "policy", "less"],
         "batch": ["less", "less_static"],
     }[benchmark]
+    caches = caches * 2 if benchmark == "prefill" else caches  # without padding, then with
     assert [(row["context"], row["cache"]) for row in report["results"]] == [(c, name) for c in contexts for name in caches]
     assert set(report["labels"]) == set(caches) == set(report["caches"])
     for label in report["labels"].values():

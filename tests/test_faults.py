@@ -55,26 +55,28 @@ def test_a_cache_sent_to_a_spawned_process():
 
 
 @pytest.mark.parametrize("how", ["pickle", "torch"])
-@pytest.mark.parametrize("kernels", [None, "low_rank"])
-def test_a_cache_read_from_a_file_in_a_new_process(how, kernels, tmp_path):
+def test_caches_read_from_files_in_a_new_process(how, tmp_path):
     model = tiny_llama()
-    cache = used_cache(model, H2O(4, 4), kernels and tiny_kernels(model, memory=kernels))
-    path = tmp_path / "cache"
-    if how == "pickle":
-        path.write_bytes(pickle.dumps(cache))
-    else:
-        torch.save(cache, path)
+    caches = {name: used_cache(model, H2O(4, 4), name and tiny_kernels(model, memory=name)) for name in (None, "low_rank")}
+    paths = [tmp_path / str(name) for name in caches]
+    for cache, path in zip(caches.values(), paths, strict=True):
+        if how == "pickle":
+            path.write_bytes(pickle.dumps(cache))
+        else:
+            torch.save(cache, path)
     script = f"""
 import pickle, sys, torch
 sys.path.insert(0, {os.path.dirname(__file__)!r})
 from tiny import tiny_llama
 model = tiny_llama()
-{"cache = pickle.load(open(sys.argv[1], 'rb'))" if how == "pickle" else "cache = torch.load(sys.argv[1], weights_only=False)"}
-with torch.no_grad():
-    torch.save(model(torch.tensor({NEXT.tolist()}), past_key_values=cache).logits, sys.argv[1])
+for path in sys.argv[1:]:
+    cache = {"pickle.load(open(path, 'rb'))" if how == "pickle" else "torch.load(path, weights_only=False)"}
+    with torch.no_grad():
+        torch.save(model(torch.tensor({NEXT.tolist()}), past_key_values=cache).logits, path)
 """
-    subprocess.run([sys.executable, "-c", script, path], check=True)
-    torch.testing.assert_close(torch.load(path), read(model, cache, NEXT))
+    subprocess.run([sys.executable, "-c", script, *paths], check=True)
+    for cache, path in zip(caches.values(), paths, strict=True):
+        torch.testing.assert_close(torch.load(path), read(model, cache, NEXT))
 
 
 def test_a_pickled_cache_goes_on_beside_the_first():

