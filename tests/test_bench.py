@@ -9,7 +9,7 @@ import tiny
 import torch
 
 from less_cache import LESSCache, LESSError
-from less_cache.bench import batch, decode, memory, prefill
+from less_cache.bench import batch, decode, memory, plot, prefill
 from less_cache.bench.contenders import Contest
 from less_cache.bench.options import CACHES, DEFAULTS, USUAL, BenchOptions
 from less_cache.bench.peak import PeakMemory
@@ -180,7 +180,7 @@ def test_defaults_are_each_benchmark_s():
 @pytest.mark.parametrize("chunk", [None, 7])
 def test_a_prompt_with_padding(folder, chunk):
     options = {"caches": ("dynamic", "less"), "contexts": (20,), "rounds": 1, "batch": 2}
-    subject, seen = Contest(BenchOptions(folder, random=True, chunk=chunk, padding=9, **options)), []
+    subject, seen, calls = Contest(BenchOptions(folder, random=True, chunk=chunk, padding=9, **options)), [], []
 
     def reading(cache, *args):
         seconds = Contest.read(subject, cache, *args)
@@ -188,8 +188,20 @@ def test_a_prompt_with_padding(folder, chunk):
         return seconds
 
     with mock.patch.object(subject, "read", reading):
-        prefill.measure(subject, lambda: None)
-    assert seen.count([11, 20]) == seen.count(None) == 2
+        rows = prefill.measure(subject, lambda: calls.append(1))
+    assert seen.count([11, 20]) == seen.count([20, 20]) == 2 and seen.count(None) == 4
+    assert len(calls) == prefill.runs(subject.options) == 8
+    assert [(row.padding, row.cache) for row in rows] == [(n, name) for n in (0, 9) for name in ("dynamic", "less")]
+    assert [row.ratio for row in rows if row.cache == "dynamic"] == [1, 1], "each beside a DynamicCache with as much padding"
+
+
+def test_a_plot_shows_the_padded_prompts(folder):
+    options = BenchOptions(folder, random=True, padding=3, caches=("dynamic", "less"), contexts=(20, 30), rounds=1, batch=2)
+    rows = prefill.measure(Contest(options), lambda: None)
+    report = {"benchmark": "prefill", **dataclasses.asdict(options), "machine": {"cpu": "one"}, "labels": {"less": "LESS"}}
+    figure = plot.draw({**report, "results": [dataclasses.asdict(row) for row in rows]})
+    seconds = figure.axes[0].get_lines()[0].get_ydata()
+    assert list(seconds) == [row.seconds.median for row in rows if row.cache == "less" and row.padding == 3]
 
 
 def test_no_row_is_padding_alone():

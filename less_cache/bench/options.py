@@ -40,7 +40,7 @@ class BenchOptions:
         threads: Of the processor; None: torch's default.
         rounds: Measured runs of each cache, one cache after the other, after one that warms up.
         tokens: Tokens decoded in a run.
-        padding: Tokens at the start of the first sequence that are padding.
+        padding: Tokens at the start of the first sequence that are padding; measured beside the same without.
         compile: Decode with `torch.compile` where the cache is static, before anything is timed.
         memory: Bytes that weights and caches may take together; for `batch`, 0 for the others.
         seed: Of random weights, keys, values and tokens.

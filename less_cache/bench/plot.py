@@ -45,6 +45,7 @@ PANELS: dict[str, list[tuple[str, str, float]] | None] = {
 def _against_context(axes: Any, report: dict[str, Any], field: str, label: str, unit: float) -> None:
     for name, text in report["labels"].items():
         rows = [row for row in report["results"] if row["cache"] == name and row[field] is not None]
+        rows = [row for row in rows if row.get("padding", 0) == report.get("padding", 0)]  # else a prompt's have two each
         if not rows:
             continue
         contexts = [row["context"] for row in rows]

@@ -114,7 +114,7 @@ def bench(
     ] = None,
     tokens: Annotated[int | None, typer.Option(min=1, help="Tokens decoded in a run. Default: decode 16, batch 4.")] = None,
     padding: Annotated[
-        int | None, typer.Option(min=0, metavar="TOKENS", help="Of the first sequence, in prefill. Default: none.")
+        int | None, typer.Option(min=0, metavar="TOKENS", help="Of the first sequence, in prefill, beside none.")
     ] = None,
     compile: Annotated[
         bool | None, typer.Option("--compile", help="In decode and batch: torch.compile where the cache is static.")
