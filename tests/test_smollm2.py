@@ -29,8 +29,6 @@ SMALL, ABOVE = H2O(heavy=14, recent=2), H2O(heavy=128, recent=128)  # tokens tha
 BY_POSITION = SinkRecent(sinks=14, recent=2)
 PROMPT, NEW = 64, 6
 
-pytestmark = pytest.mark.xdist_group("smollm2")  # the model is loaded once
-
 
 @pytest.fixture(scope="module")
 def loaded():
