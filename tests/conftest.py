@@ -23,6 +23,11 @@ collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["fused_ca
 torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
 
 
+def pytest_collection_modifyitems(items):
+    """The real model first: of several processes the first one gets all of its tests, and no other loads it."""
+    items.sort(key=lambda item: item.path.name != "test_smollm2.py")
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
