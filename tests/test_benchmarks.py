@@ -12,6 +12,8 @@ from test_cli import model, run, text  # noqa: F401
 
 from less_cache import LESSKernels
 from less_cache.evaluation import perplexity
+from less_cache.memory import MEMORIES
+from less_cache.memory.state import LowRankState
 
 
 def benchmark(script: str, words: list, monkeypatch, capsys) -> dict:
@@ -133,3 +135,19 @@ def test_the_benchmark_of_choices(model, text, tmp_path, monkeypatch, capsys):  
     with pytest.raises(AssertionError):
         benchmark("training_choices.py", words, monkeypatch, capsys)
     assert "was trained for another model" in " ".join(capsys.readouterr().err.replace("│", " ").split())
+
+
+def test_the_benchmark_of_blocks(monkeypatch, capsys):
+    """Every memory, with all tokens in one block and in several."""
+    words = ["--tokens", 40, "--kv-heads", 2, "--head-dim", 4, "--hidden-size", 8, "--numbers", 100, "--rounds", 1]
+    folded, fold_in = [], LowRankState.fold_in
+
+    def noting(state, features, values):
+        folded.append(features.shape[2])
+        fold_in(state, features, values)
+
+    monkeypatch.setattr(LowRankState, "fold_in", noting)
+    report = benchmark("fold_blocks.py", words, monkeypatch, capsys)
+    rows = [(row["memory"], row["numbers"], row["ratio"] == 1) for row in report["results"]]
+    assert rows == [(memory, *form) for memory in (*MEMORIES, "untrained") for form in (("all at once", True), ("100", False))]
+    assert set(folded) == {40, 6, 4} and sum(folded) == 2 * 2 * 2 * 40, "forms, rounds, trained memories"
