@@ -1,6 +1,11 @@
 """The whole life of a cache, in any order: each forward against a cache that was fed the same blocks and nothing else.
 
-Under a budget above the text's length that is a DynamicCache, under a small one another LESSCache.
+Under a budget above the text's length that is a DynamicCache, under a small one another LESSCache, each row alone, and the
+O(T²) reference where it knows the kind of cache. `HYPOTHESIS_PROFILE=dev` lives more lives, each time others.
+
+Put back one at a time, six faults were found within 40 lives, by one kind of budget at least: unpickling without the hook,
+ignored masks over seen tokens, padding told by what the last query sees, a first chunk of padding alone that is refused, the
+untrained state under torch's default dtype, and no look at whether the forward before came to its end.
 """
 
 import contextlib
@@ -67,7 +72,7 @@ FEW = {  # so that a dozen tokens are many
 }
 
 SEEDS = st.integers(0, 2**16)
-LENGTHS = st.integers(1, 9) | st.integers(10, 24)
+LENGTHS = st.integers(1, 9)
 
 
 @dataclasses.dataclass
@@ -153,12 +158,23 @@ class Life(RuleBasedStateMachine):
     def teardown(self):
         self.patched.close()
 
-    @initialize(data=st.data(), memory=st.sampled_from([*KERNELS, "untrained"]), b=st.integers(1, 3), dtype=st.sampled_from(TYPES))
-    def begin(self, data, memory, b, dtype):
+    @initialize(
+        data=st.data(),
+        memory=st.sampled_from([*KERNELS, "untrained"]),
+        b=st.integers(1, 3),
+        dtype=st.sampled_from(TYPES),
+        n=st.integers(0, 24),
+        seed=SEEDS,
+    )
+    def begin(self, data, memory, b, dtype, n, seed):
+        """A cache, and for most a prompt."""
         torch.set_default_dtype(dtype)
         self.options, self.b = {**data.draw(st.sampled_from(self.kinds)), "kernels": KERNELS[memory]}, b
         self.cache = self.new_cache()
         self.forget()
+        if n:
+            block = self.block(n, seed, padded=bool(seed % 2))
+            self.check(read(self.cache, block), [block], block)
 
     def new_cache(self) -> LESSCache:
         return LESSCache(MODEL, **self.options)
