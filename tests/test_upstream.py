@@ -42,6 +42,7 @@ PRIVATE = {  # hook.py alone uses these
 }
 OF_TORCH = {  # where a model's weights are, and whether a tensor was changed, by module
     "ops.masks": {"_version"},
+    "memory.base": {"_parameters"},
     "integration.weights": {"_modules", "_non_persistent_buffers_set", "_parameters", "_weight_bias"},
 }
 FALCON = ["query_key_value", "layer_idx", "inv_norm_factor", "is_causal", "dense"]  # of its attention
