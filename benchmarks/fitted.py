@@ -145,14 +145,17 @@ def decode(model, batch: torch.Tensor, prompt_length: int, cache: Cache, every: 
     """Log-probabilities `[b, n, vocab]` of the tokens after the prompt, and the bytes held, mean over these tokens."""
     stop = batch.shape[1] - 1
     outputs = [model(batch[:, :prompt_length], past_key_values=cache, logits_to_keep=1).logits]
-    position, held = prompt_length, 0.0
+    position, held = prompt_length, []
     while position < stop:
-        size = 1 if position == prompt_length else every - 1 if position == prompt_length + 1 and every > 1 else every
+        came = (position - prompt_length) % every  # tokens since the last choice
+        half = every // 2  # so many are there on average
+        size = 1 if position == prompt_length else half - came if came < half else every - came  # the first ends the prompt
         block = batch[:, position : min(position + size, stop)]
         outputs.append(model(block, past_key_values=cache).logits)
-        held += cache_bytes(cache) * block.shape[1]
         position += block.shape[1]
-    return torch.cat(outputs, dim=1).float().log_softmax(-1), held / (stop - prompt_length)
+        if (position - prompt_length) % every == half:
+            held.append(cache_bytes(cache))
+    return torch.cat(outputs, dim=1).float().log_softmax(-1), sum(held) / max(1, len(held))
 
 
 if __name__ == "__main__":

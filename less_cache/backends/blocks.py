@@ -21,7 +21,7 @@ def read_first(setup: Setup, held: Held, call: AttentionCall, tokens: int) -> Dr
     real = call.real_tokens
     positions = held.rows.read(real, policy, setup.shares)  # [b, n]
     by_head = positions.unsqueeze(1).expand(b, g, n)
-    held.newest = Newest.empty(call.key_states, call.value_states, policy.block_size, setup.format.is_exact, positions.device)
+    held.newest = Newest.empty(call.key_states, call.value_states, setup.format.is_exact)
     held.asked = Asked.empty(call.query_states, setup.format)
     held.asked.put(call.query_states, positions)
     held.is_whole = setup.format.is_exact and call.real is None
@@ -46,13 +46,12 @@ def read_next(setup: Setup, held: Held, call: AttentionCall, before: int) -> tup
     else:
         positions = rows.read(real, policy, setup.shares)  # [b, n]
     held.is_whole = held.is_whole and call.real is None
-    columns = held.slots.columns().followed_by(newest.taken(), (call.key_states, call.value_states, positions))
+    columns = held.slots.columns().followed_by(newest.tokens(), (call.key_states, call.value_states, positions))
     output = _attend(setup, held, call, columns, positions, came, real)
     held.asked.put(call.query_states, positions)
-    if newest.room >= n:
+    if newest.count + n < policy.block_size:
         newest.put(call.key_states, call.value_states, positions)
-        if newest.room:
-            return output, None
+        return output, None
     columns.scores = held.slots.scores_by_column()  # of the kept ones, which come first
     draft = Draft(columns, call, came + real.sum(-1), before + n)
     if _is_over(setup, held, draft):

@@ -9,10 +9,12 @@ import torch
 
 from less_cache.backends.reading import virtual_tokens
 from less_cache.fitting import References, Seen, ask, fit
+from less_cache.ops.attention import group_heads
 from less_cache.ops.blocks import blocks
 from less_cache.ops.call import AttentionCall
 from less_cache.slots import Columns, Held, Setup, Slots
 
+FEW = 32  # tokens that pull the mean key of a first block to 0: the first token's key is like no other
 NOTHING = -1.0  # score of a token that was never judged
 
 
@@ -25,6 +27,7 @@ class Draft:
     came: torch.Tensor  # [b] real tokens since the choice before
     tokens: int  # seen by now, padding included
     is_over: torch.Tensor | None = None  # [b] bool, rows in which a head had more than its budget
+    references: References | None = None  # None: nobody had to choose
     seen: Seen | None = None  # what reference queries see of all columns, where there is something to fit
 
     def over(self, setup: Setup, held: Held) -> torch.Tensor | None:
@@ -52,6 +55,7 @@ def judge(setup: Setup, held: Held, draft: Draft, references: References, fits: 
         scores = torch.cat([blended, scores[..., kept:]], dim=-1)
     draft.columns.scores = scores
     draft.seen = seen if fits else None
+    draft.references = references
 
 
 def choose(setup: Setup, held: Held, draft: Draft) -> None:
@@ -61,26 +65,64 @@ def choose(setup: Setup, held: Held, draft: Draft) -> None:
     keep = policy.keep(columns.scores, columns.positions, seen, counts)  # [b, g, c]
     leaves = (columns.positions >= 0) & ~keep
     if memory is not None:
-        memory.pass_time(held.state, draft.came)
+        state = setup.unpacked(held.state)
+        memory.pass_time(state, draft.came)
         b, g, c = leaves.shape
         for part in [slice(0, c)] if memory.numbers_to_fold is None else blocks(0, c, b * g * memory.numbers_to_fold):
             pairs = columns.keys[:, :, part], columns.values[:, :, part]
-            memory.fold_in(held.state, *pairs, leaves[..., part], columns.positions[..., part], seen)
+            memory.fold_in(state, *pairs, leaves[..., part], columns.positions[..., part], seen)
+        held.state = setup.packed(state)
+    centers, before = _centers(setup, held, columns), held.slots
     if draft.seen is not None and bool(leaves.any()):
-        columns, keep = _fitted(setup, held, draft, keep, leaves.flatten(1).any(-1))
+        columns, keep = _fitted(setup, held, draft, keep, leaves.flatten(1).any(-1), centers)
+        before = None
+    else:
+        columns.bias = _with_equal_logits(setup, draft, centers, 0 if before is None else int(before.sizes.max()))
     if policy.block_size is None:
         grown = draft.tokens if setup.grows else None
-        held.slots = Slots.keep(columns, keep, policy.capacity(counts), grown, setup.format)
+        held.slots = Slots.keep(columns, keep, policy.capacity(counts), grown, setup.format, centers)
         return
     if draft.is_over is not None:  # elsewhere there was no choice, and there is nothing to remember of it
         columns.scores = columns.scores.masked_fill(~draft.is_over.view(-1, 1, 1), NOTHING)
     columns.scores = columns.scores.half()
     columns.bias = None if columns.bias is None else columns.bias.half()
-    held.slots = Slots.chosen(columns, keep, setup.format)
+    held.slots = Slots.chosen(columns, keep, setup.format, centers, before)
     held.is_whole = held.is_whole and not bool(leaves.any())
 
 
-def _fitted(setup: Setup, held: Held, draft: Draft, keep: torch.Tensor, rows: torch.Tensor) -> tuple[Columns, torch.Tensor]:
+def _centers(setup: Setup, held: Held, columns: Columns) -> torch.Tensor | None:
+    """Mean keys of the first block of a text, `[b, g, 1, d]`, less which keys are stored where they are quantised; as if
+    `FEW` tokens more were there whose keys are 0.
+    """
+    if held.slots is not None:
+        return held.slots.centers
+    if setup.format.is_exact:
+        return None
+    there = (columns.positions >= 0).unsqueeze(-1)
+    sums = columns.keys.float().masked_fill(~there, 0).sum(2, keepdim=True)
+    return (sums / (there.sum(2, keepdim=True) + FEW)).half().to(columns.keys.dtype)
+
+
+def _with_equal_logits(setup: Setup, draft: Draft, centers: torch.Tensor | None, stored: int) -> torch.Tensor | None:
+    """Biases of the columns, `[b, g, c]`, with which keys that get stored have the logits that they had, as the references'
+    mean query sees it, where it is known how queries turn. The first columns are `stored` already.
+    """
+    columns, references = draft.columns, draft.references
+    if references is None or draft.is_over is None or setup.rotation is None or setup.format.is_exact:
+        return columns.bias
+    keys, shift = columns.keys[:, :, stored:], 0 if centers is None else centers
+    decoded = setup.format.decode(setup.format.encode(keys - shift), keys.dtype) + shift
+    queries = group_heads(references.query_states, keys.shape[1]).float()  # [b, g, s, k, d]
+    there = references.there[:, None, None, :, None]
+    mean = (queries * there).sum((2, 3)) / (there.sum((2, 3)) * queries.shape[2]).clamp_min(1)  # [b, g, d]
+    missing = ((keys.float() - decoded.float()) @ mean.unsqueeze(-1)).squeeze(-1) * draft.call.scaling  # [b, g, c − stored]
+    missing = torch.nn.functional.pad(missing.where(draft.is_over.view(-1, 1, 1), 0), (stored, 0))
+    return missing if columns.bias is None else columns.bias.float() + missing
+
+
+def _fitted(
+    setup: Setup, held: Held, draft: Draft, keep: torch.Tensor, rows: torch.Tensor, centers: torch.Tensor | None
+) -> tuple[Columns, torch.Tensor]:
     """The kept columns alone, and which of them there are, `[b, g, t]`; with biases and values that were fitted in the `rows`,
     bool `[b]`, that have lost something.
     """
@@ -98,11 +140,14 @@ def _fitted(setup: Setup, held: Held, draft: Draft, keep: torch.Tensor, rows: to
     scores = None if columns.scores is None else gathered(columns.scores)
     kept = Columns(gathered(columns.keys), gathered(columns.values), gathered(columns.positions), scores, bias)
     kept.positions = kept.positions.masked_fill(~there, -1)
-    kept.keys = setup.format.decode(setup.format.encode(kept.keys), columns.keys.dtype)  # the fit makes up for its errors
+    if centers is not None:  # the fit makes up for their errors
+        kept.keys = setup.format.decode(setup.format.encode(kept.keys - centers), columns.keys.dtype) + centers
     references = draft.seen.references
     virtual = virtual_tokens(setup, held, references.query_states, draft.call, references.later)
     bias, values, change = fit(draft.seen, kept, draft.call, virtual, rows)
     if change is not None:
-        setup.memory.change_values(held.state, change)
+        state = setup.unpacked(held.state)
+        setup.memory.change_values(state, change)
+        held.state = setup.packed(state)
     kept.bias, kept.values = bias.masked_fill(~there, 0), values.to(columns.values.dtype)
     return kept, there

@@ -18,7 +18,7 @@ def virtual_tokens(
     """The state as columns for some queries, asked `later` tokens after it, `[b, n]`; None without a memory."""
     if setup.memory is None:
         return None
-    return setup.memory.virtual_tokens(held.state, query_states, call.scaling, call.softcap, later)
+    return setup.memory.virtual_tokens(setup.unpacked(held.state), query_states, call.scaling, call.softcap, later)
 
 
 def query_blocks(start: int, call: AttentionCall, columns: int) -> list[slice]:

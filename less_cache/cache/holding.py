@@ -68,7 +68,7 @@ class HoldingLayer(CacheLayerMixin):
 
     def allocated(self) -> dict[str, torch.Tensor]:
         """All that takes memory, by the same names."""
-        return {} if self._held is None else self._held.allocated()
+        return self.tensors()
 
     @torch.inference_mode(False)
     def load(self, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype, cumulative_length: int) -> None:

@@ -30,9 +30,10 @@ def within(
     d, queries = geometry.head_dim, geometry.num_attention_heads // geometry.num_key_value_heads
     token = 2 * d * BITS_16
     slot = 2 * _bytes_of(format, d) + BESIDE
-    newest = every * (token + 4 / geometry.num_key_value_heads)
+    newest = every / 2 * (token + 4 / geometry.num_key_value_heads)  # on average: they come one by one
+    centers = 0 if format.is_exact else d * BITS_16
     asked = PLACES * queries * _bytes_of(format, d)
-    spared = round((newest + asked + _bytes_of_state(kernels, d)) / slot)
+    spared = round((newest + asked + centers + _bytes_of_state(kernels, d)) / slot)
     tokens = share * token / slot  # for each of the prompt
     return AttentionMatching(budget=tokens if tokens < 1 else MOST_TOKENS, every=every, spared=spared)
 
@@ -42,7 +43,7 @@ def _bytes_of_state(kernels: LESSKernels | None, d: int) -> float:
     if kernels is None:
         return 0.0
     memories = [kernels.for_layer(index) for index in kernels.config.layers]
-    states = [memory.empty_state(1, 1, d, torch.device("cpu")) for memory in memories]
+    states = [memory.packed(memory.empty_state(1, 1, d, torch.device("cpu"))) for memory in memories]
     return sum(tensor.nbytes for state in states for tensor in vars(state).values()) / max(1, len(states))
 
 

@@ -82,13 +82,14 @@ def _masses(shares: torch.Tensor, rest: torch.Tensor, ridge: torch.Tensor) -> to
     within the bounds.
     """
     transposed = shares.transpose(-1, -2)
+    gram = transposed @ shares  # [b, g, t, t], so that no step reads all references
     target = transposed @ rest.unsqueeze(-1) + ridge  # [b, g, t, 1]
     # The shares are not negative, so that the largest row sum of their square bounds its eigenvalues.
-    steepest = (transposed @ shares.sum(-1, keepdim=True)).amax(2, keepdim=True) + ridge
+    steepest = gram.sum(-1, keepdim=True).amax(2, keepdim=True) + ridge
     factors = torch.ones_like(target)
     ahead, momentum = factors, 1.0
     for _ in range(STEPS):
-        slope = transposed @ (shares @ ahead) + ridge * ahead - target
+        slope = gram @ ahead + ridge * ahead - target
         following = (ahead - slope / steepest).clamp(math.exp(-MOST_BIAS), math.exp(MOST_BIAS))
         next_momentum = (1 + math.sqrt(1 + 4 * momentum**2)) / 2
         ahead = following + (momentum - 1) / next_momentum * (following - factors)

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from less_cache.errors import LESSError
-from less_cache.memory.state import LowRankState
+from less_cache.memory.state import LowRankState, PackedState
 from less_cache.ops.attention import LOWEST
 
 Self = TypeVar("Self", bound="LayerMemory")
@@ -69,6 +69,16 @@ class LayerMemory(nn.Module, abc.ABC):
 
         `later`: how many tokens of its row come between the state and each query, `[b, n]`; None: none.
         """
+
+    @abc.abstractmethod
+    def packed(self, state: Any) -> Any:
+        """The state at rest, in half the bytes: a dataclass of tensors whose first dimension is the batch. To pack
+        again what was unpacked changes nothing.
+        """
+
+    @abc.abstractmethod
+    def unpacked(self, packed: Any) -> Any:
+        """What `packed` gave, to read and to change."""
 
     def change_values(self, state: Any, change: torch.Tensor) -> None:
         """Add to the values of the virtual tokens, in place, `[b, g, r, d]`; a memory that cannot keeps them."""
@@ -207,6 +217,12 @@ class TrainedMemory(LayerMemory):
             log_mass = log_mass - rates[:, None, None] * later[:, None, None, :, None]  # [b, g, 1, n, r]
         logits = self.log_query_features(query_states, means.unsqueeze(2), scaling, softcap) + self.log_weights(log_mass)
         return logits.clamp_min(LOWEST), self.values_of(means)
+
+    def packed(self, state: LowRankState) -> PackedState:
+        return state.packed()
+
+    def unpacked(self, packed: PackedState) -> LowRankState:
+        return LowRankState.unpacked(packed)
 
     def change_values(self, state: LowRankState, change: torch.Tensor) -> None:
         self.values_of(state.values_sum).add_(change * state.features_sum.unsqueeze(-1))

@@ -9,6 +9,7 @@ import dataclasses
 import torch
 
 from less_cache.memory.base import LayerMemory
+from less_cache.memory.state import in_16_bits
 from less_cache.ops.attention import LOWEST, group_heads
 from less_cache.ops.blocks import blocks
 
@@ -25,6 +26,16 @@ class CentroidState:
     keys_sum: torch.Tensor  # [b, g, r, d]
     values_sum: torch.Tensor  # [b, g, r, d]
     squares_sum: torch.Tensor  # [b, g, r] of |k|²
+
+
+@dataclasses.dataclass
+class PackedCentroids:
+    """A `CentroidState` at rest, in half the bytes."""
+
+    count: torch.Tensor  # [b, g, r] float32
+    keys: torch.Tensor  # [b, g, r, d] float16, means, which do not grow with the text
+    values: torch.Tensor  # [b, g, r, d] float16
+    variance: torch.Tensor  # [b, g, r] float32, |k|² less the square of its mean
 
 
 class LayerCentroids(LayerMemory):
@@ -126,8 +137,7 @@ class LayerCentroids(LayerMemory):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         count = state.count.clamp_min(1).unsqueeze(-1)  # [b, g, r, 1]
         keys, values = state.keys_sum / count, state.values_sum / count
-        variance = (state.squares_sum.unsqueeze(-1) / count).squeeze(-1) - keys.square().sum(-1)
-        variance = variance.clamp_min(0) / keys.shape[-1]  # [b, g, r]
+        variance = _variance(state, keys) / keys.shape[-1]  # [b, g, r]
         queries = group_heads(query_states.float() * scaling, keys.shape[1])  # [b, g, s, n, d]
         logits = queries @ keys.transpose(-1, -2).unsqueeze(2)  # [b, g, s, n, r]
         if softcap is not None:
@@ -136,8 +146,24 @@ class LayerCentroids(LayerMemory):
         logits = logits + spread.clamp_max(MOST_SPREAD) + state.count.log()[:, :, None, None]
         return logits.clamp_min(LOWEST), values
 
+    def packed(self, state: CentroidState) -> PackedCentroids:
+        count = state.count.clamp_min(1).unsqueeze(-1)
+        keys = in_16_bits(state.keys_sum / count)
+        values = in_16_bits(state.values_sum / count)
+        return PackedCentroids(state.count, keys, values, _variance(state, state.keys_sum / count))
+
+    def unpacked(self, packed: PackedCentroids) -> CentroidState:
+        count, keys = packed.count.unsqueeze(-1), packed.keys.float()
+        squares = packed.count * (packed.variance + keys.square().sum(-1))
+        return CentroidState(packed.count.clone(), keys * count, packed.values.float() * count, squares)
+
     def change_values(self, state: CentroidState, change: torch.Tensor) -> None:
         state.values_sum += change * state.count.unsqueeze(-1)
+
+
+def _variance(state: CentroidState, keys: torch.Tensor) -> torch.Tensor:
+    """How far the keys of a centroid are from their mean `keys` `[b, g, r, d]`, squared, on average: `[b, g, r]`."""
+    return (state.squares_sum / state.count.clamp_min(1) - keys.square().sum(-1)).clamp_min(0)
 
 
 def _nearest(pairs: torch.Tensor, centers: torch.Tensor, leaves: torch.Tensor) -> torch.Tensor:

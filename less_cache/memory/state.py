@@ -7,6 +7,16 @@ import dataclasses
 
 import torch
 
+LARGEST = torch.finfo(torch.float16).max
+
+
+@dataclasses.dataclass
+class PackedState:
+    """A `LowRankState` at rest, in half the bytes: means do not grow with the text, so that 16 bits hold them."""
+
+    means: torch.Tensor  # [b, g, r, d] float16
+    features_sum: torch.Tensor  # [b, g, r] float32
+
 
 @dataclasses.dataclass
 class LowRankState:
@@ -37,6 +47,15 @@ class LowRankState:
         self.values_sum += key_features.transpose(-1, -2) @ values.float()
         self.features_sum += key_features.sum(dim=-2)
 
+    def packed(self) -> PackedState:
+        """The same at rest."""
+        return PackedState(in_16_bits(self.means()), self.features_sum)
+
+    @classmethod
+    def unpacked(cls, packed: PackedState) -> "LowRankState":
+        """What `packed` gave, as near as 16 bits allow."""
+        return cls(packed.means.float() * packed.features_sum.unsqueeze(-1), packed.features_sum.clone())
+
     def scale(self, factor: torch.Tensor) -> None:
         """Multiply all that was folded in by `factor`, `[b or 1, g, r]`, in place."""
         self.values_sum *= factor.unsqueeze(-1)
@@ -49,3 +68,8 @@ class LowRankState:
     def log_mass(self) -> torch.Tensor:
         """log z_r, `[b, g, 1, 1, r]`."""
         return self.features_sum.log()[:, :, None, None]
+
+
+def in_16_bits(numbers: torch.Tensor) -> torch.Tensor:
+    """As float16, the largest that there is where they are larger."""
+    return numbers.clamp(-LARGEST, LARGEST).half()

@@ -9,8 +9,9 @@ import torch
 from torch.nn.functional import pad
 
 from less_cache.errors import LESSError
+from less_cache.memory.state import in_16_bits
 
-GROUP = 32  # numbers of a head that share a scale and a zero
+GROUP = 64  # numbers of a head that share a scale
 
 
 class SlotFormat(abc.ABC):
@@ -50,34 +51,35 @@ class FloatSlots(SlotFormat):
 
 
 class QuantizedSlots(SlotFormat):
-    """Unsigned codes of `bits` bits for the rotated states, with a 16-bit scale and zero for every `GROUP` numbers:
+    """A code for each number of the rotated state, and a 16-bit scale for every `GROUP` numbers:
 
-        x = R (zero + scale · code)        R: Hadamard matrices of the largest power of two that divides d, orthonormal
+        x = R (scale · level[code])        R: Hadamard matrices of the largest power of two that divides d, orthonormal
 
-    The rotation spreads a state's outliers over its numbers. Abstract: how codes lie in bytes.
+    The rotation spreads a state's outliers over its numbers, which come near a normal distribution. The scale is the largest
+    number of its group with its sign, for which there is the level 1: storing again what was stored changes nothing. Abstract:
+    the levels, and how codes lie in bytes.
     """
 
-    bits: ClassVar[int]
+    levels: ClassVar[torch.Tensor]  # ascending, the last one 1
     parts = ("codes", "scales")
     is_exact = False
 
     def encode(self, states: torch.Tensor) -> dict[str, torch.Tensor]:
         rotated = _rotated(states.float())
-        d, top = rotated.shape[-1], 2**self.bits - 1
-        more = -d % GROUP  # the last group may be shorter; it is filled with a number that it has
-        groups = torch.cat([rotated, rotated[..., -1:].expand(*rotated.shape[:-1], more)], dim=-1).unflatten(-1, (-1, GROUP))
-        low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
-        zero = _in_16_bits(low)
-        scale = _in_16_bits(((high - zero.float()) / top).clamp_min(SMALLEST))
-        codes = ((groups - zero.float()) / scale.float()).round().clamp(0, top).to(torch.uint8).flatten(-2)[..., :d]
-        return {"codes": self.pack(codes), "scales": torch.cat([scale, zero], dim=-1).flatten(-2)}
+        d = rotated.shape[-1]
+        groups = pad(rotated, (0, -d % GROUP)).unflatten(-1, (-1, GROUP))
+        scales = in_16_bits(groups.gather(-1, groups.abs().argmax(-1, keepdim=True)))
+        levels = self.levels.to(groups.device)
+        middles = (levels[1:] + levels[:-1]) / 2
+        codes = torch.bucketize(groups / scales.float().where(scales != 0, 1), middles)
+        return {"codes": self.pack(codes.to(torch.uint8).flatten(-2)[..., :d]), "scales": scales.squeeze(-1)}
 
     def decode(self, stored: Mapping[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
-        codes = self.unpack(stored["codes"]).float()
+        codes = self.unpack(stored["codes"])
         d = codes.shape[-1]
-        scale, zero = stored["scales"].float().unflatten(-1, (-1, 2)).split(1, dim=-1)  # [..., groups, 1]
-        groups = pad(codes, (0, -d % GROUP)).unflatten(-1, (-1, GROUP))
-        return _rotated((zero + scale * groups).flatten(-2)[..., :d]).to(dtype)
+        numbers = self.levels.to(codes.device)[codes.int()]
+        groups = pad(numbers, (0, -d % GROUP)).unflatten(-1, (-1, GROUP)) * stored["scales"].float().unsqueeze(-1)
+        return _rotated(groups.flatten(-2)[..., :d]).to(dtype)
 
     def pack(self, codes: torch.Tensor) -> torch.Tensor:
         """Codes `[..., d]` uint8 as they lie in bytes."""
@@ -89,17 +91,26 @@ class QuantizedSlots(SlotFormat):
 
 
 class Int8Slots(QuantizedSlots):
-    """A byte a number."""
+    """A byte a number; levels of equal distance, the lowest one nearer to 0 than -1 is."""
 
     name = "int8"
-    bits = 8
+    levels = torch.linspace(-127 / 128, 1, 256, dtype=torch.float32)
 
 
 class Int4Slots(QuantizedSlots):
-    """Half a byte a number: number i in the low half, number i + d/2 in the high half of byte i."""
+    """Half a byte a number: number i in the low half, number i + d/2 in the high half of byte i.
+
+    The levels have the least mean square error for `GROUP` numbers of a normal distribution, by Lloyd's algorithm.
+    """
 
     name = "int4"
-    bits = 4
+    levels = torch.tensor(
+        [
+            *(-0.8516, -0.6624, -0.5191, -0.3985, -0.2931, -0.1979, -0.1096, -0.0237),
+            *(0.0614, 0.1490, 0.2405, 0.3402, 0.4536, 0.5891, 0.7577, 1.0),
+        ],
+        dtype=torch.float32,
+    )
 
     def pack(self, codes: torch.Tensor) -> torch.Tensor:
         if codes.shape[-1] % 2:
@@ -109,14 +120,6 @@ class Int4Slots(QuantizedSlots):
 
     def unpack(self, packed: torch.Tensor) -> torch.Tensor:
         return torch.cat([packed & 15, packed >> 4], dim=-1)
-
-
-SMALLEST = 2.0**-24  # scale that 16 bits hold
-LARGEST = torch.finfo(torch.float16).max
-
-
-def _in_16_bits(numbers: torch.Tensor) -> torch.Tensor:
-    return numbers.clamp(-LARGEST, LARGEST).half()
 
 
 def _rotated(states: torch.Tensor) -> torch.Tensor:

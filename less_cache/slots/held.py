@@ -33,16 +33,9 @@ class Held:
     is_whole: bool = False  # every token is there as it came, in its order
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """All tensors by name: what a file of them holds."""
-        return self._tensors() | ({} if self.newest is None else self.newest.tensors())
-
-    def allocated(self) -> dict[str, torch.Tensor]:
-        """All that takes memory, by the same names."""
-        return self._tensors() | ({} if self.newest is None else self.newest.allocated())
-
-    def _tensors(self) -> dict[str, torch.Tensor]:
+        """All tensors by name: what takes memory, and what a file of them holds."""
         tensors = {name: getattr(self.rows, name) for name in OF_ROWS if getattr(self.rows, name) is not None}
-        for part in (self.slots, self.asked):
+        for part in (self.slots, self.newest, self.asked):
             if part is not None:
                 tensors |= part.tensors()
         return tensors if self.state is None else tensors | vars(self.state)
@@ -52,7 +45,7 @@ class Held:
         kept, newest = self.slots.columns(), self.newest
         if newest is None or newest.count == 0:
             return kept
-        return kept.followed_by(newest.taken())
+        return kept.followed_by(newest.tokens())
 
     def make_room(self, policy: EvictionPolicy, tokens: int) -> None:
         """Have a free slot in every head for one more token, after the `tokens` that were seen."""
@@ -95,10 +88,8 @@ class Held:
     @classmethod
     def empty(cls, setup: Setup, b: int, g: int, width: int, device: torch.device) -> "Held":
         """Nothing yet, of `b` rows and `g` KV heads whose values have this width."""
-        return cls(
-            Rows.empty(b, device),
-            state=None if setup.memory is None else setup.memory.empty_state(b, g, width, device),
-        )
+        state = None if setup.memory is None else setup.memory.empty_state(b, g, width, device)
+        return cls(Rows.empty(b, device), state=setup.packed(state))
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, torch.Tensor], setup: Setup, dtype: torch.dtype) -> "Held":
@@ -112,7 +103,7 @@ class Held:
         empty = cls.empty(setup, b, g, 1, rows.seen.device)  # of the right type: its tensors come from the file
         held = cls(rows, slots, _map_state(empty.state, lambda name, _: tensors[name]))
         if setup.policy.block_size is not None:
-            held.newest = Newest.from_tensors(tensors, setup.policy.block_size)
+            held.newest = Newest.from_tensors(tensors)
             held.asked = Asked.from_tensors(tensors, setup.format, dtype)
             positions = held.columns().positions
             all_there = bool((positions >= 0).all()) and bool((rows.seen == positions.shape[-1]).all())

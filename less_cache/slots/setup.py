@@ -32,6 +32,19 @@ class Setup:
     fit: bool = False
     rotation: Any = None
 
+    @property
+    def packs(self) -> bool:
+        """Whether the state lies packed from choice to choice, as it does beside quantised slots."""
+        return self.memory is not None and self.policy.block_size is not None and not self.format.is_exact
+
+    def unpacked(self, state: Any) -> Any:
+        """The state to read and to change, whether it lies packed or not; None without a memory."""
+        return self.memory.unpacked(state) if self.packs else state
+
+    def packed(self, state: Any) -> Any:
+        """The state as it lies."""
+        return self.memory.packed(state) if self.packs else state
+
     def on(self, device: torch.device, num_key_value_heads: int) -> "Setup":
         """This for the KV heads that this process has, on `device`: the user's kernels stay where they are."""
         memory = None if self.memory is None else self.memory.for_heads(num_key_value_heads).on(device)

@@ -16,7 +16,7 @@ from less_cache.slots.formats import SlotFormat, stored_name
 
 SPARE_SLOTS = 64  # free slots of a head that may still grow
 SLACK = 1.25  # heads are padded to the longest where that takes no more than so many times the sum over heads
-OF_SLOTS = ("positions", "scores", "bias", "starts")  # tensors beside those of the format
+OF_SLOTS = ("positions", "scores", "bias", "centers", "starts")  # tensors beside those of the format
 COMPILES_WELL = torch.__version__ >= "2.13"  # torch 2.11 makes code of `index_copy_` that does not run
 
 
@@ -37,6 +37,7 @@ class Slots:
     positions: torch.Tensor  # [b, g, c] or [N] int32, -1: an empty slot
     scores: torch.Tensor  # as positions, float32, or 16 bit under a policy that chooses in blocks
     bias: torch.Tensor | None  # as scores
+    centers: torch.Tensor | None  # [b, g, 1, d], less which keys are stored; None: 0
     starts: torch.Tensor | None  # [b·g + 1] int64; None: heads of one size
     own_sizes: torch.Tensor | None  # [b, g] int64, on the processor, where it differs by head
     room: int | None  # steps that may come before a head may be full; None: any number
@@ -45,7 +46,13 @@ class Slots:
 
     @classmethod
     def keep(
-        cls, columns: Columns, kept: torch.Tensor, capacity: torch.Tensor | None, tokens: int | None, format: SlotFormat
+        cls,
+        columns: Columns,
+        kept: torch.Tensor,
+        capacity: torch.Tensor | None,
+        tokens: int | None,
+        format: SlotFormat,
+        centers: torch.Tensor | None = None,
     ) -> "Slots":
         """Fresh slots of the columns that are `kept`, bool `[b, g, c]`; nothing else stays referenced.
 
@@ -54,20 +61,27 @@ class Slots:
         """
         b, g, _ = kept.shape
         if capacity is None:
-            return cls._compact(columns, kept, format, kept.sum(-1).cpu() + SPARE_SLOTS, SPARE_SLOTS)
+            return cls._compact(columns, kept, format, centers, kept.sum(-1).cpu() + SPARE_SLOTS, SPARE_SLOTS)
         capacity = capacity.cpu().expand(b, g, 1).squeeze(-1)
         most = int(capacity.max())
         if tokens is None or most <= tokens + SPARE_SLOTS:
-            return cls._compact(columns, kept, format, capacity + 1, None)
+            return cls._compact(columns, kept, format, centers, capacity + 1, None)
         spare = max(SPARE_SLOTS, tokens // 4)
-        return cls._compact(columns, kept, format, capacity.clamp_max(tokens + spare) + 1, spare)
+        return cls._compact(columns, kept, format, centers, capacity.clamp_max(tokens + spare) + 1, spare)
 
     @classmethod
-    def chosen(cls, columns: Columns, kept: torch.Tensor, format: SlotFormat) -> "Slots":
+    def chosen(
+        cls,
+        columns: Columns,
+        kept: torch.Tensor,
+        format: SlotFormat,
+        centers: torch.Tensor | None,
+        before: "Slots | None" = None,
+    ) -> "Slots":
         """Fresh slots of the columns that are `kept`, bool `[b, g, c]`, in their order, without a free one: nothing comes in
-        before the next choice.
+        before the next choice. The first columns are those of the slots `before`, whose codes stay as they are.
         """
-        return cls._compact(columns, kept, format, kept.sum(-1).clamp_min(1).cpu(), None)
+        return cls._compact(columns, kept, format, centers, kept.sum(-1).clamp_min(1).cpu(), None, before)
 
     @classmethod
     def _compact(
@@ -75,8 +89,10 @@ class Slots:
         columns: Columns,
         kept: torch.Tensor,
         format: SlotFormat,
+        centers: torch.Tensor | None,
         sizes: torch.Tensor,
         room: int | None,
+        before: "Slots | None" = None,
     ) -> "Slots":
         b, g, c = kept.shape
         longest = int(sizes.max())
@@ -97,8 +113,12 @@ class Slots:
             buffer[:, :, :held] = tensor.gather(2, order.view(b, g, held, *[1] * len(more)).expand(b, g, held, *more))
             return buffer if starts is None else buffer.flatten(0, 2)[ragged.index_in_padded(sizes, starts)]
 
-        states = (("keys", columns.keys), ("values", columns.values))
+        there = 0 if before is None else int(before.sizes.max())  # columns that are stored already
+        keys = columns.keys[:, :, there:] if centers is None else columns.keys[:, :, there:] - centers
+        states = (("keys", keys), ("values", columns.values[:, :, there:]))
         stored = {stored_name(name, part): each for name, of in states for part, each in format.encode(of).items()}
+        if before is not None:
+            stored = {name: torch.cat([before._padded(before.stored[name], 0), new], dim=2) for name, new in stored.items()}
         return cls(
             format=format,
             dtype=columns.keys.dtype,
@@ -106,6 +126,7 @@ class Slots:
             positions=compact(columns.positions.masked_fill(~kept, -1), -1),
             scores=compact(columns.scores, 0),
             bias=None if columns.bias is None else compact(columns.bias, 0),
+            centers=centers,
             starts=starts,
             own_sizes=sizes if differ else None,
             room=room,
@@ -124,7 +145,7 @@ class Slots:
         starts = tensors.get("starts")
         stored = {name: tensors[name] for name in format.names()}
         sizes = None if starts is None else starts.diff().view(b, -1).cpu()
-        beside = tensors["positions"], tensors["scores"], tensors.get("bias"), starts
+        beside = tensors["positions"], tensors["scores"], tensors.get("bias"), tensors.get("centers"), starts
         slots = cls(format, dtype, stored, *beside, sizes, room=0)
         if capacity is not None and bool((slots.sizes.unsqueeze(-1) > capacity.cpu()).all()):
             slots.room = None
@@ -154,7 +175,8 @@ class Slots:
     @property
     def keys(self) -> torch.Tensor:
         """`[b, g, c, d]`; 0 beyond a head's last slot."""
-        return self._padded(self._decoded("keys"), 0)
+        keys = self._padded(self._decoded("keys"), 0)
+        return keys if self.centers is None else keys + self.centers
 
     @property
     def values(self) -> torch.Tensor:
@@ -181,7 +203,8 @@ class Slots:
         """
         at = slots.unsqueeze(-1) if self.starts is None else self._at(slots).clamp_max(self.positions.shape[0] - 1)
         gathered = {name: self._gather(tensor, at) for name, tensor in self.stored.items()}
-        return self._decoded("keys", gathered), self._decoded("values", gathered)
+        keys = self._decoded("keys", gathered)
+        return keys if self.centers is None else keys + self.centers, self._decoded("values", gathered)
 
     # Changing them, in place
 
@@ -198,6 +221,7 @@ class Slots:
         self._scatter(self.scores, slots, scores)
         if self.bias is not None:
             self._scatter(self.bias, slots, torch.zeros_like(scores))
+        key_states = key_states if self.centers is None else key_states - self.centers
         for name, states in (("keys", key_states), ("values", value_states)):
             for part, tensor in self.format.encode(states).items():
                 self._write(self.stored[stored_name(name, part)], slots, tensor)
@@ -229,7 +253,7 @@ class Slots:
     def refit(self, capacity: torch.Tensor | None, tokens: int) -> "Slots":
         """The same tokens in slots with room for more, after `tokens` were seen; arguments as in `keep`."""
         columns = self.columns()
-        return Slots.keep(columns, columns.positions >= 0, capacity, tokens, self.format)
+        return Slots.keep(columns, columns.positions >= 0, capacity, tokens, self.format, self.centers)
 
     def map(self, change: Callable[[str, torch.Tensor], torch.Tensor]) -> "Slots":
         """The same with every tensor changed, by its name; shapes stay."""
@@ -239,6 +263,7 @@ class Slots:
             positions=change("positions", self.positions),
             scores=change("scores", self.scores),
             bias=None if self.bias is None else change("bias", self.bias),
+            centers=None if self.centers is None else change("centers", self.centers),
             starts=None if self.starts is None else change("starts", self.starts),
         )
 
@@ -251,7 +276,8 @@ class Slots:
         first = self.starts[:-1].view(self.own_sizes.shape)[indices.to(starts.device)].flatten()  # of each chosen head
         head, slot = ragged.heads_and_slots(sizes, starts)
         at = first[head] + slot
-        selected = self.map(lambda name, slots: starts if name == "starts" else slots[at.to(slots.device)])
+        of_head = {"starts": starts, "centers": None if self.centers is None else self.centers[indices.to(self.centers.device)]}
+        selected = self.map(lambda name, slots: of_head[name] if name in of_head else slots[at.to(slots.device)])
         return dataclasses.replace(selected, own_sizes=sizes)
 
     # Equal heads and others
