@@ -1,7 +1,9 @@
 """Choosing and fitting: reference queries, head budgets, biases and values, and the formats of slots."""
 
+import dataclasses
 from unittest import mock
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -11,12 +13,13 @@ from strategies import SEEDS
 from transformers import DynamicCache
 
 from less_cache import H2O, AttentionMatching, LESSCache, LESSError, SinkRecent
+from less_cache.backends import choice
 from less_cache.fitting import References, Seen, allot, ask, fit
 from less_cache.fitting.fit import MOST_BIAS
 from less_cache.memory import LayerCentroids
-from less_cache.ops.attention import attention_logits, sparse_softmax
+from less_cache.ops.attention import attention_logits, group_heads, sparse_softmax
 from less_cache.ops.call import AttentionCall
-from less_cache.slots import FORMATS, Columns, format_of
+from less_cache.slots import FORMATS, Columns, Slots, format_of
 from less_cache.slots.formats import Int4Slots
 
 MODEL = tiny.tiny_llama()
@@ -195,6 +198,71 @@ def test_storing_again_what_was_stored_changes_nothing(name, d, seed):
     again = given.encode(given.decode(once, torch.float32))
     for part in once:
         assert torch.equal(once[part], again[part])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["int8", "int4"])
+@given(seed=SEEDS)
+def test_codes_stay_from_choice_to_choice(name, dtype, seed):
+    """What is stored is not stored again: in 16 bits, what is read is not what was coded."""
+    _, keys, values = (states.to(dtype) for states in tiny.random_states(2, 2, 2, 9, 8, seed=seed))
+    columns = Columns(keys, values, torch.arange(9, dtype=torch.int32).expand(2, 2, 9), torch.zeros(2, 2, 9))
+    centers = keys.mean(2, keepdim=True)
+    slots = Slots.chosen(columns, torch.ones(2, 2, 9, dtype=torch.bool), format_of(name), centers)
+    kept = torch.rand(2, 2, 9, generator=torch.Generator().manual_seed(seed)) < 0.7
+    later = Slots.chosen(slots.columns(), kept, format_of(name), slots.centers, slots)
+    for part in format_of(name).names():
+        codes, left = slots.stored[part], later._padded(later.stored[part], 0)
+        for row, head in np.ndindex(2, 2):
+            stay = codes[row, head, kept[row, head]]
+            assert torch.equal(left[row, head, : len(stay)], stay)
+
+
+@given(SEEDS)
+def test_keys_are_stored_less_their_mean(seed):
+    """Which most of them share: what is left is smaller, and so is the error."""
+    _, keys, values = tiny.random_states(2, 2, 2, 20, 16, seed=seed)
+    keys = keys + 5
+    columns = Columns(keys, values, torch.arange(20, dtype=torch.int32).expand(2, 2, 20), torch.zeros(2, 2, 20))
+    kept = torch.ones(2, 2, 20, dtype=torch.bool)
+    errors = [
+        (Slots.chosen(columns, kept, format_of("int4"), centers).keys - keys).square().mean()
+        for centers in (keys.mean(2, keepdim=True), None)
+    ]
+    assert errors[0] < errors[1] / 2
+
+
+@torch.no_grad()
+def test_what_a_key_loses_by_its_codes_its_bias_makes_up_for():
+    """For the references' mean query: what it is off by, it was before."""
+    cache = LESSCache(MODEL, AttentionMatching(12, every=8), slots="int4")
+    MODEL(TEXT[:, :40], past_key_values=cache)
+    layer, seen = cache.layers[-1], {}  # the last one to choose
+    real = choice._with_equal_logits
+
+    def noting(setup, draft, centers, stored):
+        seen.update(
+            columns=dataclasses.replace(draft.columns), references=draft.references, stored=stored, scaling=draft.call.scaling
+        )
+        seen["bias"] = real(setup, draft, centers, stored)
+        return seen["bias"]
+
+    with mock.patch.object(choice, "_with_equal_logits", noting):
+        for token in range(40, 48):
+            MODEL(TEXT[:, token : token + 1], past_key_values=cache)
+            if layer.held.newest.count == 0:
+                break
+    columns, slots = seen["columns"], layer.held.slots.columns()
+    queries, there = group_heads(seen["references"].query_states, columns.keys.shape[1]), seen["references"].there
+    mean = torch.stack([queries[row, :, :, there[row]].mean((1, 2)) for row in range(2)])  # [b, g, d]
+    before = torch.zeros(columns.positions.shape) if columns.bias is None else columns.bias.float()
+    wanted = (columns.keys @ mean.unsqueeze(-1)).squeeze(-1) * seen["scaling"] + before
+    got = (slots.keys @ mean.unsqueeze(-1)).squeeze(-1) * seen["scaling"] + slots.bias.float()
+    is_same = (slots.positions.unsqueeze(-1) == columns.positions.unsqueeze(-2)) & (slots.positions >= 0).unsqueeze(-1)
+    assert is_same.any() and seen["bias"].abs().max() > 0
+    torch.testing.assert_close(
+        (is_same * (got.unsqueeze(-1) - wanted.unsqueeze(-2))).abs().max(), torch.tensor(0.0), rtol=0, atol=5e-3
+    )
 
 
 def test_an_odd_head_cannot_be_packed():

@@ -30,6 +30,18 @@ def test_folding_piece_by_piece_is_the_sum_over_all_pairs(seed, pieces):
 
 
 @given(SEEDS)
+def test_a_packed_state_says_the_same_and_does_not_wear_out(seed):
+    generator = torch.Generator().manual_seed(seed)
+    state = LowRankState.empty(2, 2, 3, 5, torch.device("cpu"))
+    state.fold_in(torch.rand(2, 2, 7, 3, generator=generator), torch.randn(2, 2, 7, 5, generator=generator))
+    packed = state.packed()
+    unpacked = LowRankState.unpacked(packed)
+    torch.testing.assert_close(unpacked.means(), state.means(), rtol=1e-3, atol=1e-3)
+    assert torch.equal(unpacked.log_mass(), state.log_mass())
+    assert torch.equal(unpacked.packed().means, packed.means)
+
+
+@given(SEEDS)
 def test_means_lie_among_the_evicted_values(seed):
     key_features, values = pairs(seed, 6)
     state = empty()
