@@ -235,7 +235,12 @@ class Life(RuleBasedStateMachine):
 
     def check(self, logits: torch.Tensor, parts: list[Block], block: Block):
         expected = self.expect(parts, block)
-        torch.testing.assert_close(logits[block.real], expected[block.real], rtol=1e-3, atol=1e-4)
+        self.assert_close(logits[block.real], expected[block.real])
+
+    def assert_close(self, logits: torch.Tensor, expected: torch.Tensor):
+        """Up to rounding, which other rows change, and of which a fit makes more."""
+        close = {"rtol": 1e-2, "atol": 1e-2} if self.cache.options.fit and not self.is_large else {"rtol": 1e-3, "atol": 1e-4}
+        torch.testing.assert_close(logits, expected, **close)
 
     # What comes
 
@@ -404,7 +409,7 @@ class Life(RuleBasedStateMachine):
         parts = self.parts(after) if self.history else [after]
         with default_type(torch.float32):
             wanted = torch.cat([feed(expected, part) for part in parts], dim=1)
-        torch.testing.assert_close(logits, wanted, rtol=1e-3, atol=1e-4)
+        self.assert_close(logits, wanted)
 
     @precondition(lambda self: self.history and not self.is_large)
     @rule(n=LENGTHS, seed=SEEDS)
@@ -420,8 +425,7 @@ class Life(RuleBasedStateMachine):
             alone = self.new_cache()
             for each in (*self.history, *parts):
                 own = feed(alone, each.rows(row))
-            close = 1e-2 if self.cache.options.fit else 1e-3  # a fit makes more of rounding
-            torch.testing.assert_close(logits[row, -own.shape[1] :], own, rtol=close, atol=close)
+            self.assert_close(logits[row, -own.shape[1] :], own)
 
     def the_formula_takes_it(self) -> bool:
         """The oracle knows padding anywhere and trained memories, but nothing that is fitted, shared out or stored in codes."""
