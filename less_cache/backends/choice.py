@@ -77,7 +77,7 @@ def choose(setup: Setup, held: Held, draft: Draft) -> None:
         columns, keep = _fitted(setup, held, draft, keep, leaves.flatten(1).any(-1), centers)
         before = None
     else:
-        columns.bias = _with_equal_logits(setup, draft, centers, 0 if before is None else int(before.sizes.max()))
+        columns.bias = _with_equal_logits(setup, draft, centers, 0 if before is None else before.longest)
     if policy.block_size is None:
         grown = draft.tokens if setup.grows else None
         held.slots = Slots.keep(columns, keep, policy.capacity(counts), grown, setup.format, centers)

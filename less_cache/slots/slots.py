@@ -113,7 +113,7 @@ class Slots:
             buffer[:, :, :held] = tensor.gather(2, order.view(b, g, held, *[1] * len(more)).expand(b, g, held, *more))
             return buffer if starts is None else buffer.flatten(0, 2)[ragged.index_in_padded(sizes, starts)]
 
-        there = 0 if before is None else int(before.sizes.max())  # columns that are stored already
+        there = 0 if before is None else before.longest  # columns that are stored already
         keys = columns.keys[:, :, there:] if centers is None else columns.keys[:, :, there:] - centers
         states = (("keys", keys), ("values", columns.values[:, :, there:]))
         stored = {stored_name(name, part): each for name, of in states for part, each in format.encode(of).items()}
@@ -156,7 +156,14 @@ class Slots:
     @property
     def sizes(self) -> torch.Tensor:
         """Slots of each head, `[b, g]` on the processor."""
-        return torch.full(self.positions.shape[:2], self.positions.shape[-1]) if self.own_sizes is None else self.own_sizes
+        if self.own_sizes is not None:
+            return self.own_sizes
+        return torch.full(self.positions.shape[:2], self.positions.shape[-1], device="cpu")
+
+    @property
+    def longest(self) -> int:
+        """Slots of the longest head."""
+        return self.positions.shape[-1] if self.own_sizes is None else int(self.own_sizes.max())
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """All tensors by name."""
