@@ -33,8 +33,8 @@ class PackedCentroids:
     """A `CentroidState` at rest, in half the bytes."""
 
     count: torch.Tensor  # [b, g, r] float32
-    keys: torch.Tensor  # [b, g, r, d] float16, means, which do not grow with the text
-    values: torch.Tensor  # [b, g, r, d] float16
+    mean_keys: torch.Tensor  # [b, g, r, d] float16: means do not grow with the text
+    mean_values: torch.Tensor  # [b, g, r, d] float16
     variance: torch.Tensor  # [b, g, r] float32, |k|² less the square of its mean
 
 
@@ -153,9 +153,9 @@ class LayerCentroids(LayerMemory):
         return PackedCentroids(state.count, keys, values, _variance(state, state.keys_sum / count))
 
     def unpacked(self, packed: PackedCentroids) -> CentroidState:
-        count, keys = packed.count.unsqueeze(-1), packed.keys.float()
+        count, keys = packed.count.unsqueeze(-1), packed.mean_keys.float()
         squares = packed.count * (packed.variance + keys.square().sum(-1))
-        return CentroidState(packed.count.clone(), keys * count, packed.values.float() * count, squares)
+        return CentroidState(packed.count.clone(), keys * count, packed.mean_values.float() * count, squares)
 
     def change_values(self, state: CentroidState, change: torch.Tensor) -> None:
         state.values_sum += change * state.count.unsqueeze(-1)
