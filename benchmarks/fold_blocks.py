@@ -17,24 +17,24 @@ from unittest import mock
 import torch
 import typer
 
+from less_cache.backends.choice import fold_in
 from less_cache.bench.peak import PeakMemory
 from less_cache.bench.timing import Spread, alternate, ratios
 from less_cache.memory import MEMORIES, LayerCentroids, LayerMemory
 from less_cache.ops import blocks
 from less_cache.reports import outputs
 from less_cache.reports.machine import describe
+from less_cache.slots import Columns
 
 AT_ONCE = 2**62
 
 
 def fold(memory: LayerMemory, keys: torch.Tensor, values: torch.Tensor, leaves: torch.Tensor) -> None:
-    """As `less_cache.backends.choice.choose` does."""
+    """A prompt's pairs, into a new state."""
     b, g, n, d = keys.shape
     state, seen = memory.empty_state(b, g, d, keys.device), torch.full((b, 1, 1), n)
     positions = torch.arange(n, dtype=torch.int32).expand(b, g, n)
-    numbers = memory.numbers_to_fold
-    for part in [slice(0, n)] if numbers is None else blocks.blocks(0, n, b * g * numbers):
-        memory.fold_in(state, keys[:, :, part], values[:, :, part], leaves[..., part], positions[..., part], seen)
+    fold_in(memory, state, Columns(keys, values, positions), leaves, seen)
 
 
 def turn(memory: LayerMemory, states: tuple[torch.Tensor, ...], most: int, peaks: list[int | None]) -> float:

@@ -19,7 +19,7 @@ from less_cache.fitting.fit import MOST_BIAS
 from less_cache.memory import LayerCentroids
 from less_cache.ops.attention import attention_logits, group_heads, sparse_softmax
 from less_cache.ops.call import AttentionCall
-from less_cache.slots import FORMATS, Columns, Slots, format_of
+from less_cache.slots import FORMATS, Columns, Held, Setup, Slots, format_of
 from less_cache.slots.formats import Int4Slots
 
 MODEL = tiny.tiny_llama()
@@ -230,6 +230,15 @@ def test_keys_are_stored_less_their_mean(seed):
         for centers in (keys.mean(2, keepdim=True), None)
     ]
     assert errors[0] < errors[1] / 2
+
+
+def test_centers_take_16_bits_and_stay_finite():
+    keys = torch.full((1, 2, 9, 8), 1e6)
+    columns = Columns(keys, keys, torch.arange(9, dtype=torch.int32).expand(1, 2, 9), torch.zeros(1, 2, 9))
+    setup = Setup(AttentionMatching(4), None, format_of("int4"))
+    centers = choice._centers(setup, Held.empty(setup, 1, 2, 8, keys.device), columns)
+    assert centers.dtype == torch.float16 and centers.isfinite().all()
+    assert Slots.chosen(columns, torch.ones(1, 2, 9, dtype=torch.bool), setup.format, centers).keys.isfinite().all()
 
 
 @torch.no_grad()

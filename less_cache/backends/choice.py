@@ -4,15 +4,19 @@ Axes: `b` rows, `h` query heads, `g` KV heads, `n` new tokens, `c` columns, `t` 
 """
 
 import dataclasses
+from typing import Any
 
 import torch
 
 from less_cache.backends.reading import virtual_tokens
 from less_cache.fitting import References, Seen, ask, fit
+from less_cache.memory import LayerMemory
+from less_cache.memory.state import in_16_bits
 from less_cache.ops.attention import group_heads
 from less_cache.ops.blocks import blocks
 from less_cache.ops.call import AttentionCall
 from less_cache.slots import Columns, Held, Setup, Slots
+from less_cache.slots.formats import centred, uncentred
 
 FEW = 32  # tokens that pull the mean key of a first block to 0: the first token's key is like no other
 NOTHING = -1.0  # score of a token that was never judged
@@ -67,10 +71,7 @@ def choose(setup: Setup, held: Held, draft: Draft) -> None:
     if memory is not None:
         state = setup.unpacked(held.state)
         memory.pass_time(state, draft.came)
-        b, g, c = leaves.shape
-        for part in [slice(0, c)] if memory.numbers_to_fold is None else blocks(0, c, b * g * memory.numbers_to_fold):
-            pairs = columns.keys[:, :, part], columns.values[:, :, part]
-            memory.fold_in(state, *pairs, leaves[..., part], columns.positions[..., part], seen)
+        fold_in(memory, state, columns, leaves, seen)
         held.state = setup.packed(state)
     centers, before = _centers(setup, held, columns), held.slots
     if draft.seen is not None and bool(leaves.any()):
@@ -90,6 +91,14 @@ def choose(setup: Setup, held: Held, draft: Draft) -> None:
     held.is_whole = held.is_whole and not bool(leaves.any())
 
 
+def fold_in(memory: LayerMemory, state: Any, columns: Columns, leaves: torch.Tensor, seen: torch.Tensor) -> None:
+    """Fold the columns that leave, bool `[b, g, c]`, into the state, in place, some at a time; `seen`: as the memory's own."""
+    b, g, c = leaves.shape
+    for part in [slice(0, c)] if memory.numbers_to_fold is None else blocks(0, c, b * g * memory.numbers_to_fold):
+        pairs = columns.keys[:, :, part], columns.values[:, :, part]
+        memory.fold_in(state, *pairs, leaves[..., part], columns.positions[..., part], seen)
+
+
 def _centers(setup: Setup, held: Held, columns: Columns) -> torch.Tensor | None:
     """Mean keys of the first block of a text, `[b, g, 1, d]`, less which keys are stored where they are quantised; as if
     `FEW` tokens more were there whose keys are 0.
@@ -100,7 +109,12 @@ def _centers(setup: Setup, held: Held, columns: Columns) -> torch.Tensor | None:
         return None
     there = (columns.positions >= 0).unsqueeze(-1)
     sums = columns.keys.float().masked_fill(~there, 0).sum(2, keepdim=True)
-    return (sums / (there.sum(2, keepdim=True) + FEW)).half().to(columns.keys.dtype)
+    return in_16_bits(sums / (there.sum(2, keepdim=True) + FEW))
+
+
+def _read_back(setup: Setup, keys: torch.Tensor, centers: torch.Tensor | None) -> torch.Tensor:
+    """Keys `[b, g, c, d]` as slots give them."""
+    return uncentred(setup.format.decode(setup.format.encode(centred(keys, centers)), keys.dtype), centers)
 
 
 def _with_equal_logits(setup: Setup, draft: Draft, centers: torch.Tensor | None, stored: int) -> torch.Tensor | None:
@@ -110,8 +124,8 @@ def _with_equal_logits(setup: Setup, draft: Draft, centers: torch.Tensor | None,
     columns, references = draft.columns, draft.references
     if references is None or draft.is_over is None or setup.rotation is None or setup.format.is_exact:
         return columns.bias
-    keys, shift = columns.keys[:, :, stored:], 0 if centers is None else centers
-    decoded = setup.format.decode(setup.format.encode(keys - shift), keys.dtype) + shift
+    keys = columns.keys[:, :, stored:]
+    decoded = _read_back(setup, keys, centers)
     queries = group_heads(references.query_states, keys.shape[1]).float()  # [b, g, s, k, d]
     there = references.there[:, None, None, :, None]
     mean = (queries * there).sum((2, 3)) / (there.sum((2, 3)) * queries.shape[2]).clamp_min(1)  # [b, g, d]
@@ -140,8 +154,7 @@ def _fitted(
     scores = None if columns.scores is None else gathered(columns.scores)
     kept = Columns(gathered(columns.keys), gathered(columns.values), gathered(columns.positions), scores, bias)
     kept.positions = kept.positions.masked_fill(~there, -1)
-    if centers is not None:  # the fit makes up for their errors
-        kept.keys = setup.format.decode(setup.format.encode(kept.keys - centers), columns.keys.dtype) + centers
+    kept.keys = _read_back(setup, kept.keys, centers)  # the fit makes up for their errors
     references = draft.seen.references
     virtual = virtual_tokens(setup, held, references.query_states, draft.call, references.later)
     bias, values, change = fit(draft.seen, kept, draft.call, virtual, rows)

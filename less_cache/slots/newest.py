@@ -36,9 +36,8 @@ class Newest:
 
     def put(self, key_states: torch.Tensor, value_states: torch.Tensor, positions: torch.Tensor) -> None:
         """Take tokens `[b, g, n, *]` at `positions` `[b, n]`."""
-        is_exact = self.keys.dtype == key_states.dtype
-        self.keys = torch.cat([self.keys, _stored(key_states, is_exact)], dim=2)
-        self.values = torch.cat([self.values, _stored(value_states, is_exact)], dim=2)
+        self.keys = torch.cat([self.keys, _stored(key_states, self.keys.dtype == key_states.dtype)], dim=2)
+        self.values = torch.cat([self.values, _stored(value_states, self.values.dtype == value_states.dtype)], dim=2)
         self.positions = torch.cat([self.positions, positions.int()], dim=-1)
 
     def tokens(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

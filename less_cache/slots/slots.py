@@ -12,7 +12,7 @@ from less_cache.errors import LESSError
 from less_cache.policies import EvictionPolicy
 from less_cache.slots import ragged
 from less_cache.slots.columns import Columns
-from less_cache.slots.formats import SlotFormat, stored_name
+from less_cache.slots.formats import SlotFormat, centred, stored_name, uncentred
 
 SPARE_SLOTS = 64  # free slots of a head that may still grow
 SLACK = 1.25  # heads are padded to the longest where that takes no more than so many times the sum over heads
@@ -37,7 +37,7 @@ class Slots:
     positions: torch.Tensor  # [b, g, c] or [N] int32, -1: an empty slot
     scores: torch.Tensor  # as positions, float32, or 16 bit under a policy that chooses in blocks
     bias: torch.Tensor | None  # as scores
-    centers: torch.Tensor | None  # [b, g, 1, d], less which keys are stored; None: 0
+    centers: torch.Tensor | None  # [b, g, 1, d] float16, less which keys are stored; None: 0
     starts: torch.Tensor | None  # [b·g + 1] int64; None: heads of one size
     own_sizes: torch.Tensor | None  # [b, g] int64, on the processor, where it differs by head
     room: int | None  # steps that may come before a head may be full; None: any number
@@ -114,8 +114,7 @@ class Slots:
             return buffer if starts is None else buffer.flatten(0, 2)[ragged.index_in_padded(sizes, starts)]
 
         there = 0 if before is None else before.longest  # columns that are stored already
-        keys = columns.keys[:, :, there:] if centers is None else columns.keys[:, :, there:] - centers
-        states = (("keys", keys), ("values", columns.values[:, :, there:]))
+        states = (("keys", centred(columns.keys[:, :, there:], centers)), ("values", columns.values[:, :, there:]))
         stored = {stored_name(name, part): each for name, of in states for part, each in format.encode(of).items()}
         if before is not None:
             stored = {name: torch.cat([before._padded(before.stored[name], 0), new], dim=2) for name, new in stored.items()}
@@ -181,9 +180,8 @@ class Slots:
 
     @property
     def keys(self) -> torch.Tensor:
-        """`[b, g, c, d]`; 0 beyond a head's last slot."""
-        keys = self._padded(self._decoded("keys"), 0)
-        return keys if self.centers is None else keys + self.centers
+        """`[b, g, c, d]`; beyond a head's last slot they mean nothing."""
+        return uncentred(self._padded(self._decoded("keys"), 0), self.centers)
 
     @property
     def values(self) -> torch.Tensor:
@@ -210,8 +208,7 @@ class Slots:
         """
         at = slots.unsqueeze(-1) if self.starts is None else self._at(slots).clamp_max(self.positions.shape[0] - 1)
         gathered = {name: self._gather(tensor, at) for name, tensor in self.stored.items()}
-        keys = self._decoded("keys", gathered)
-        return keys if self.centers is None else keys + self.centers, self._decoded("values", gathered)
+        return uncentred(self._decoded("keys", gathered), self.centers), self._decoded("values", gathered)
 
     # Changing them, in place
 
@@ -228,8 +225,7 @@ class Slots:
         self._scatter(self.scores, slots, scores)
         if self.bias is not None:
             self._scatter(self.bias, slots, torch.zeros_like(scores))
-        key_states = key_states if self.centers is None else key_states - self.centers
-        for name, states in (("keys", key_states), ("values", value_states)):
+        for name, states in (("keys", centred(key_states, self.centers)), ("values", value_states)):
             for part, tensor in self.format.encode(states).items():
                 self._write(self.stored[stored_name(name, part)], slots, tensor)
         return slots
