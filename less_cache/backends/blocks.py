@@ -62,7 +62,8 @@ def read_next(setup: Setup, held: Held, call: AttentionCall, before: int) -> tup
 
 def _is_over(setup: Setup, held: Held, draft: Draft) -> bool:
     """Whether a head has more tokens than its budget; else all stay, and there is nothing to judge."""
-    draft.is_over = draft.over(setup, held)
+    over = draft.over(setup, held)
+    draft.is_over = None if over is None else over | held.rows.reallots
     if draft.is_over is None or bool(draft.is_over.any()):
         return True
     draft.columns.scores = torch.zeros_like(draft.columns.positions, dtype=torch.float32)

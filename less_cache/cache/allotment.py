@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import torch
+
 from less_cache.backends import Draft
 from less_cache.fitting import allot
 
@@ -21,7 +23,7 @@ class Allotment:
         """
         if layer.record_past and not layer.is_empty:
             return False
-        rows = draft.to_allot(layer.setup, layer.held)
+        rows = _concerned(layer, draft)
         return rows is not None and bool(rows.any())
 
     def add(self, layer: Any, draft: Draft) -> None:
@@ -34,7 +36,7 @@ class Allotment:
         waiting, self.waiting = self.waiting, []
         first, draft = waiting[0]
         policy, rows = first.setup.policy, first.held.rows
-        chosen = draft.to_allot(first.setup, first.held)  # [b]
+        chosen = _concerned(first, draft)  # [b]
         means = policy.capacity(policy.resolve(rows.seen).T[:, :, None, None]).view(-1)  # [b]
         scores, protected = [], []
         for layer, draft in waiting:
@@ -46,3 +48,9 @@ class Allotment:
         for (layer, draft), budgets in zip(waiting, allot(scores, protected, means), strict=True):
             layer.held.rows.allot(policy, budgets, means, chosen)
             layer.choose(draft)
+
+
+def _concerned(layer: Any, draft: Draft) -> torch.Tensor | None:
+    """Rows whose heads get budgets now, bool `[b]`, in all layers alike; None: there are no budgets."""
+    rows = draft.to_allot(layer.setup, layer.held)
+    return None if rows is None else rows | layer.held.rows.reallots

@@ -56,11 +56,20 @@ class Rows:
         resolved = policy.resolve(self.seen, shares)
         if self.counts is not None:
             if self.counts.dim() > resolved.dim():
-                resolved = resolved.unsqueeze(1).expand_as(self.counts)
+                resolved = self._shared_out(policy, resolved, self.seen - arrived)
             settled = self.settled.view(-1, *[1] * (resolved.dim() - 1))
             resolved = torch.where(settled, self.counts, resolved)
         self.counts = resolved
         return positions
+
+    def _shared_out(self, policy: EvictionPolicy, counts: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
+        """Counts `[b, f]` by KV head, `[b, g, f]`, in the shares that heads had after `before` tokens, `[b]`."""
+        equal = counts.unsqueeze(1).expand_as(self.counts)
+        if self.allotted is None:
+            return equal
+        mean = policy.capacity(counts_by_head(policy.resolve(before)))  # [b, 1, 1]
+        shares = (policy.capacity(self.counts_by_head()) / mean.clamp_min(1)).squeeze(-1)  # [b, g]
+        return torch.where(self.allotted[:, None, None], policy.by_head(counts, shares), equal)
 
     def step(self, arrived: torch.Tensor | bool) -> None:
         """Count one token where it `arrived`, bool `[b]` or for all rows, in place."""
@@ -105,6 +114,13 @@ class Rows:
         of_rows = policy.by_head(policy.resolve(self.seen), shares)
         self.counts = torch.where(rows[:, None, None], of_rows, counts)
         self.allotted = rows.clone() if self.allotted is None else self.allotted | rows  # of this layer alone
+
+    @property
+    def reallots(self) -> torch.Tensor:
+        """In which rows heads that have budgets of their own get new ones, bool `[b]`: the prompt goes on. Layers agree on
+        it, whatever their heads keep.
+        """
+        return torch.zeros_like(self.settled) if self.allotted is None else self.allotted & ~self.settled
 
     def counts_by_head(self) -> torch.Tensor:
         """The policy's token counts in the form that its methods take, `[f, b, 1 or g, 1]`."""
