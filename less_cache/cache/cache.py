@@ -2,14 +2,13 @@
 
 import copy
 import os
-import warnings
 import weakref
 from collections.abc import Iterator
 
 import torch
 from transformers import Cache, PreTrainedConfig, PreTrainedModel
 
-from less_cache.cache import footprint, snapshot
+from less_cache.cache import footprint, guards, reading, snapshot
 from less_cache.cache.building import built, forked
 from less_cache.cache.footprint import MemoryFootprint
 from less_cache.cache.forward import Forward
@@ -186,7 +185,7 @@ class LESSCache(Cache):
         elif layer.checks(key_states.shape[-2]):
             self.check_whole()
             self._hide_seen()
-            self._check_positions(self.get_seq_length(layer_idx))
+            self._may_warn = self._may_warn and not guards.warns_of_length(self.config, self.get_seq_length(layer_idx))
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
@@ -203,10 +202,7 @@ class LESSCache(Cache):
         """Drop the seen tokens that the forward's mask hides, such as what was written after the end of a row."""
         visible, self.seen_mask = self.seen_mask, None
         less_layers = [layer for layer in self.layers if isinstance(layer, LESSLayer)]
-        hidden = None
-        rows = None if less_layers[0].is_empty else less_layers[0].held.rows
-        if visible is not None and rows is not None and len(visible) in (1, len(rows.seen)):  # another batch is refused later
-            hidden = rows.hidden_by(visible)
+        hidden = less_layers[0].hidden_by(visible)
         for layer in less_layers:
             layer.hidden = hidden  # dropped with the forward's tokens, once these are accepted
 
@@ -264,17 +260,6 @@ class LESSCache(Cache):
         """What PEFT asks for under prefix tuning, to put a cache of its own in this one's place. Raises `LESSError`."""
         raise LESSError(f"LESSCache cannot work with prefix tuning: {PREFIX_TUNING}. Call generate without past_key_values.")
 
-    def _check_positions(self, seen: int) -> None:
-        """Warn once where the text gets longer than what the model was trained on: the cache has no end, the model has."""
-        trained = getattr(self.config.get_text_config(decoder=True), "max_position_embeddings", None)
-        if self._may_warn and trained is not None and seen > trained:
-            self._may_warn = False
-            warnings.warn(
-                f"The text is longer than the {trained} tokens that the model was trained for (max_position_embeddings): "
-                "the cache goes on at the same size, but what the model writes may get worse.",
-                stacklevel=2,
-            )
-
     def crop(self, tokens_to_remove: int) -> None:
         """Give back the last `-tokens_to_remove` tokens, as assisted decoding does; all layers or, with `LESSError`, none.
 
@@ -286,6 +271,25 @@ class LESSCache(Cache):
                 layer.check_crop(tokens_to_remove)
         super().crop(tokens_to_remove)
         self._forward.reset()
+
+    def read(
+        self, model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, chunk_size: int = 512
+    ) -> None:
+        """Read a prompt twice, so that what nothing in it points at is found when a later question asks for it.
+
+        First as `generate` does; then the model repeats it, and what that attends to counts as well when tokens are chosen.
+        Nothing of the second pass stays. Go on with `generate` and the whole conversation, which begins with this prompt.
+
+        Args:
+            model: The model.
+            input_ids: The prompt, `[b, n]`, padded on the left.
+            attention_mask: 0 at padding, `[b, n]`; None: there is none.
+            chunk_size: Most tokens of a row that are repeated at once; the choice does not depend on it.
+
+        Raises:
+            LESSError: The policy does not choose by reference queries, or the cache has seen tokens already.
+        """
+        reading.read(self, model, input_ids, attention_mask, chunk_size)
 
     def fork(self) -> "LESSCache":
         """A cache that has seen the same and goes its own way: one prefix, many continuations.

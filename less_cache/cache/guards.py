@@ -3,9 +3,11 @@
 Axes: `b` rows, `n` new tokens.
 """
 
+import warnings
 from collections.abc import Sequence
 
 import torch
+from transformers import PreTrainedConfig
 
 from less_cache.errors import LESSError
 from less_cache.ops.masks import additive_to_bool, own_column
@@ -72,6 +74,19 @@ def check_reader(layer_idx: int, module: torch.nn.Module, owner: torch.nn.Module
             f"Layer {layer_idx} ({type(module).__name__}): this cache belongs to another model, with other weights. "
             "Make a LESSCache for each model."
         )
+
+
+def warns_of_length(config: PreTrainedConfig, seen: int) -> bool:
+    """Warn where a text of `seen` tokens is longer than what the model was trained on: the cache has no end, the model has."""
+    trained = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if trained is None or seen <= trained:
+        return False
+    warnings.warn(
+        f"The text is longer than the {trained} tokens that the model was trained for (max_position_embeddings): "
+        "the cache goes on at the same size, but what the model writes may get worse.",
+        stacklevel=2,
+    )
+    return True
 
 
 def _same_weights(module: torch.nn.Module, other: torch.nn.Module) -> bool:

@@ -10,7 +10,7 @@ import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from less_cache.errors import LESSError
-from less_cache.slots import Held, Setup
+from less_cache.slots import Held, Hidden, Setup
 
 
 class HoldingLayer(CacheLayerMixin):
@@ -61,6 +61,12 @@ class HoldingLayer(CacheLayerMixin):
     def state(self) -> Any:
         """What evicted tokens were folded into, a dataclass of tensors; None without a memory."""
         return None if self._held is None else self._held.state
+
+    def hidden_by(self, visible: torch.Tensor | None) -> Hidden | None:
+        """What a mask hides of the tokens seen, `visible` bool `[b, t]`; None: nothing, or it is not a mask of these rows."""
+        if visible is None or self.is_empty or len(visible) not in (1, len(self._held.rows.seen)):
+            return None
+        return self._held.rows.hidden_by(visible)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """All that is kept of the sequences, by name."""

@@ -3,7 +3,6 @@
 Axes: `b` rows, `h` query heads, `g` KV heads, `n` new tokens, `d` head dim.
 """
 
-import contextlib
 import copy
 import functools
 import weakref
@@ -22,6 +21,7 @@ from less_cache.errors import LESSError
 from less_cache.integration import hook
 from less_cache.memory import LayerMemory
 from less_cache.ops.call import AttentionCall
+from less_cache.ops.precision import no_autocast
 from less_cache.policies import EvictionPolicy
 from less_cache.slots import Held, Hidden, Setup, format_of
 
@@ -287,7 +287,7 @@ class LESSLayer(HoldingLayer):
         `as_block`: also while recording, where the tokens of a block count as steps otherwise.
         """
         n = call.num_tokens
-        with _no_autocast(call.query_states.device.type):  # scores and the state stay in float32
+        with no_autocast(call.query_states.device.type):  # scores and the state stay in float32
             if self.is_empty or (n > 1 and (as_block or not self.record_past)):
                 return self._block(call)
             take = self._step if self.setup.policy.block_size is None else self._block
@@ -311,11 +311,16 @@ class LESSLayer(HoldingLayer):
         if self.leads and call.real is not None:
             self._held.rows.remember_padding(call.real, int(self.cumulative_length))
         self.cumulative_length += call.num_tokens
-        if draft is not None and self.allotment is not None and self.allotment.concerns(self, draft):
-            self.allotment.add(self, draft)
-        elif draft is not None:
-            self.choose(draft)
+        if draft is not None:
+            self.decide(draft)
         return output
+
+    def decide(self, draft: Draft) -> None:
+        """Choose from what was read, at once or with all other layers."""
+        if self.allotment is not None and self.allotment.concerns(self, draft):
+            self.allotment.add(self, draft)
+        else:
+            self.choose(draft)
 
     def choose(self, draft: Draft) -> None:
         """Keep some of what was read, and fold in the rest."""
@@ -328,9 +333,3 @@ class LESSLayer(HoldingLayer):
             self.record_past = self._recording.append(call) and self.record_past
         if not self.record_past:
             self._recording = None
-
-
-def _no_autocast(device_type: str) -> contextlib.AbstractContextManager:
-    if not torch.is_autocast_enabled(device_type):
-        return contextlib.nullcontext()  # turning it off takes a while even where it is off
-    return torch.autocast(device_type, enabled=False)

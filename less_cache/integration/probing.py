@@ -66,7 +66,7 @@ def _rope_parameters(config: PreTrainedConfig) -> list[dict]:
     return [each for each in parameters.values() if isinstance(each, dict)] or [parameters]
 
 
-def _trained_length(config: PreTrainedConfig) -> int:
+def trained_length(config: PreTrainedConfig) -> int:
     """Tokens up to which positions exist and angles are those of short texts."""
     lengths = [getattr(config, name, None) for name in ("max_position_embeddings", "original_max_position_embeddings")]
     lengths += [parameters.get("original_max_position_embeddings") for parameters in _rope_parameters(config)]
@@ -77,7 +77,7 @@ def _length(config: PreTrainedConfig, num_tokens: int) -> int:
     """The length whose angles are those of `num_tokens`; 0: any short text's."""
     config = config.get_text_config(decoder=True)
     kinds = {str(parameters.get("rope_type")) for parameters in _rope_parameters(config)}
-    longest = _trained_length(config)
+    longest = trained_length(config)
     if num_tokens > longest and any("dynamic" in kind for kind in kinds):
         return num_tokens
     return longest + 1 if num_tokens > longest and "longrope" in kinds else 0
@@ -114,7 +114,7 @@ Seen = dict[int, list[torch.Tensor]]  # of each layer that was seen to attend, q
 @torch.no_grad()
 def _probed(model: PreTrainedModel, length: int) -> Rotations:
     layers = full_attention_layers(model.config)
-    positions = [position for position in POSITIONS if position < _trained_length(model.config.get_text_config(decoder=True))]
+    positions = [position for position in POSITIONS if position < trained_length(model.config.get_text_config(decoder=True))]
     repeats = not _takes_any_position(model)
     try:
         if repeats:

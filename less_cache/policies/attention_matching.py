@@ -9,6 +9,7 @@ from less_cache.policies.base import EvictionPolicy, check_count
 
 PROTECTED_SHARE = 10  # one in so many kept tokens is one of the last
 MEMORY = 0.8  # share of a token's squared score that comes from the choices before
+RECALL = 0.1  # of a weight in the repetition of a prompt
 FEWEST = 8  # tokens that stay whatever is spared
 
 
@@ -75,6 +76,9 @@ class AttentionMatching(EvictionPolicy):
     def judge(self, weights: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
         squares = (weights.square() * queries[:, None, None, :, None]).sum(dim=(2, 3))  # [b, g, c]
         return (squares / (queries.sum(-1).clamp_min(1) * weights.shape[2]).view(-1, 1, 1)).sqrt()
+
+    def recall(self, scores: torch.Tensor, repeated: torch.Tensor) -> torch.Tensor:
+        return (scores.square() + (RECALL * repeated).square()).sqrt()
 
     def remember(self, before: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         return (MEMORY * before.square() + (1 - MEMORY) * scores.square()).sqrt()

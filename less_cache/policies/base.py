@@ -78,6 +78,12 @@ class EvictionPolicy(abc.ABC):
         """
         raise NotImplementedError(f"{type(self).__name__} does not ask for reference queries.")
 
+    def recall(self, scores: torch.Tensor, repeated: torch.Tensor) -> torch.Tensor:
+        """What counts in the choice of a prompt that was read twice, `[b, g, c]`: of `scores` from its reference queries, and
+        of `repeated`, the largest weight that its repetition gave each token.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not ask for reference queries.")
+
     def remember(self, before: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """What counts at a choice, of the `scores` from its reference queries and those of the choice `before`, `[b, g, c]`."""
         return scores
