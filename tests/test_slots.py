@@ -11,10 +11,10 @@ from transformers import DynamicCache
 
 from less_cache import CORM, H2O, LESSCache, LESSError, SinkRecent
 from less_cache.cache.layer import LESSLayer
-from less_cache.slots import Columns, Slots, format_of
+from less_cache.slots import Coding, Columns, Slots, format_of
 from less_cache.slots.slots import SLACK, SPARE_SLOTS
 
-FLOAT = format_of("float")
+FLOAT = Coding(format_of("float"))
 
 
 def columns(b: int, g: int, c: int, with_bias: bool = True, seed: int = 0) -> Columns:

@@ -15,8 +15,7 @@ from less_cache.memory.state import in_16_bits
 from less_cache.ops.attention import group_heads
 from less_cache.ops.blocks import blocks
 from less_cache.ops.call import AttentionCall
-from less_cache.slots import Columns, Held, Setup, Slots
-from less_cache.slots.formats import centred, uncentred
+from less_cache.slots import Coding, Columns, Held, Setup, Slots
 
 FEW = 32  # tokens that pull the mean key of a first block to 0: the first token's key is like no other
 NOTHING = -1.0  # score of a token that was never judged
@@ -73,21 +72,21 @@ def choose(setup: Setup, held: Held, draft: Draft) -> None:
         memory.pass_time(state, draft.came)
         fold_in(memory, state, columns, leaves, seen)
         held.state = setup.packed(state)
-    centers, before = _centers(setup, held, columns), held.slots
+    coding, before = _coding(setup, held, columns), held.slots
     if draft.seen is not None and bool(leaves.any()):
-        columns, keep = _fitted(setup, held, draft, keep, leaves.flatten(1).any(-1), centers)
+        columns, keep = _fitted(setup, held, draft, keep, leaves.flatten(1).any(-1), coding)
         before = None
     else:
-        columns.bias = _with_equal_logits(setup, draft, centers, 0 if before is None else before.longest)
+        columns.bias = _with_equal_logits(setup, draft, coding, 0 if before is None else before.longest)
     if policy.block_size is None:
         grown = draft.tokens if setup.grows else None
-        held.slots = Slots.keep(columns, keep, policy.capacity(counts), grown, setup.format, centers)
+        held.slots = Slots.keep(columns, keep, policy.capacity(counts), grown, coding)
         return
     if draft.is_over is not None:  # elsewhere there was no choice, and there is nothing to remember of it
         columns.scores = columns.scores.masked_fill(~draft.is_over.view(-1, 1, 1), NOTHING)
     columns.scores = columns.scores.half()
     columns.bias = None if columns.bias is None else columns.bias.half()
-    held.slots = Slots.chosen(columns, keep, setup.format, centers, before)
+    held.slots = Slots.chosen(columns, keep, coding, before)
     held.is_whole = held.is_whole and not bool(leaves.any())
 
 
@@ -99,25 +98,27 @@ def fold_in(memory: LayerMemory, state: Any, columns: Columns, leaves: torch.Ten
         memory.fold_in(state, *pairs, leaves[..., part], columns.positions[..., part], seen)
 
 
-def _centers(setup: Setup, held: Held, columns: Columns) -> torch.Tensor | None:
-    """Mean keys of the first block of a text, `[b, g, 1, d]`, less which keys are stored where they are quantised; as if
-    `FEW` tokens more were there whose keys are 0.
+def _coding(setup: Setup, held: Held, columns: Columns) -> Coding:
+    """How keys are stored: where they are quantised, less the mean of the first block of a text, as if `FEW` tokens more were
+    there whose keys are 0.
     """
     if held.slots is not None:
-        return held.slots.centers
+        return held.slots.coding
+    coding = setup.coding(centers=None)
     if setup.format.is_exact:
-        return None
+        return coding
     there = (columns.positions >= 0).unsqueeze(-1)
-    sums = columns.keys.float().masked_fill(~there, 0).sum(2, keepdim=True)
-    return in_16_bits(sums / (there.sum(2, keepdim=True) + FEW))
+    keys = coding.turned_back(columns.keys, columns.positions).float()
+    sums = keys.masked_fill(~there, 0).sum(2, keepdim=True)
+    return setup.coding(in_16_bits(sums / (there.sum(2, keepdim=True) + FEW)))
 
 
-def _read_back(setup: Setup, keys: torch.Tensor, centers: torch.Tensor | None) -> torch.Tensor:
+def _read_back(coding: Coding, keys: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """Keys `[b, g, c, d]` as slots give them."""
-    return uncentred(setup.format.decode(setup.format.encode(centred(keys, centers)), keys.dtype), centers)
+    return coding.keys(coding.encode_keys(keys, positions), positions, keys.dtype)
 
 
-def _with_equal_logits(setup: Setup, draft: Draft, centers: torch.Tensor | None, stored: int) -> torch.Tensor | None:
+def _with_equal_logits(setup: Setup, draft: Draft, coding: Coding, stored: int) -> torch.Tensor | None:
     """Biases of the columns, `[b, g, c]`, with which keys that get stored have the logits that they had, as the references'
     mean query sees it, where it is known how queries turn. The first columns are `stored` already.
     """
@@ -125,7 +126,7 @@ def _with_equal_logits(setup: Setup, draft: Draft, centers: torch.Tensor | None,
     if references is None or draft.is_over is None or setup.rotation is None or setup.format.is_exact:
         return columns.bias
     keys = columns.keys[:, :, stored:]
-    decoded = _read_back(setup, keys, centers)
+    decoded = _read_back(coding, keys, columns.positions[:, :, stored:])
     queries = group_heads(references.query_states, keys.shape[1]).float()  # [b, g, s, k, d]
     there = references.there[:, None, None, :, None]
     mean = (queries * there).sum((2, 3)) / (there.sum((2, 3)) * queries.shape[2]).clamp_min(1)  # [b, g, d]
@@ -135,7 +136,7 @@ def _with_equal_logits(setup: Setup, draft: Draft, centers: torch.Tensor | None,
 
 
 def _fitted(
-    setup: Setup, held: Held, draft: Draft, keep: torch.Tensor, rows: torch.Tensor, centers: torch.Tensor | None
+    setup: Setup, held: Held, draft: Draft, keep: torch.Tensor, rows: torch.Tensor, coding: Coding
 ) -> tuple[Columns, torch.Tensor]:
     """The kept columns alone, and which of them there are, `[b, g, t]`; with biases and values that were fitted in the `rows`,
     bool `[b]`, that have lost something.
@@ -154,7 +155,7 @@ def _fitted(
     scores = None if columns.scores is None else gathered(columns.scores)
     kept = Columns(gathered(columns.keys), gathered(columns.values), gathered(columns.positions), scores, bias)
     kept.positions = kept.positions.masked_fill(~there, -1)
-    kept.keys = _read_back(setup, kept.keys, centers)  # the fit makes up for their errors
+    kept.keys = _read_back(coding, kept.keys, kept.positions)  # the fit makes up for their errors
     references = draft.seen.references
     virtual = virtual_tokens(setup, held, references.query_states, draft.call, references.later)
     bias, values, change = fit(draft.seen, kept, draft.call, virtual, rows)

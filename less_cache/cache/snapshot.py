@@ -18,6 +18,7 @@ from less_cache.errors import LESSError
 from less_cache.files.atomic import replace
 from less_cache.integration.families import fingerprint_with_adapters, geometry
 from less_cache.integration.weights import device_of_layer, digest_of_weights, unwrapped
+from less_cache.kernels.head_budgets import HeadBudgets
 from less_cache.kernels.kernels import LESSKernels
 from less_cache.policies import policy_from_dict
 from less_cache.version import __version__
@@ -37,6 +38,7 @@ def save(cache: Any, path: Path) -> None:
         layers.append({"type": type(layer).__name__, "cumulative_length": int(layer.cumulative_length)})
         if layer.cumulative_length > 0:
             layers[-1]["dtype"] = str(layer.dtype).removeprefix("torch.")
+            layers[-1]["turned"] = isinstance(layer, LESSLayer) and layer.held.slots.coding.turns_keys
             kept = layer.tensors() if isinstance(layer, LESSLayer) else _own_tensors(layer)
             tensors |= {f"layers.{index}.{name}": tensor for name, tensor in kept.items()}
     is_plain = all(layer.is_empty or layer.held.slots.is_plain for layer in cache.layers if isinstance(layer, LESSLayer))
@@ -65,7 +67,9 @@ def load(
     _check_header(path, header)
     if kernels is None and header["kernels"] == digest({}):
         kernels = LESSKernels.untrained(model)  # they have no weights
-    options = {name: header[name] for name in OPTIONS if name in header}
+    options = {"heads": "equal", **{name: header[name] for name in OPTIONS if name in header}}
+    if isinstance(options["heads"], dict):
+        options["heads"] = _profile(path, options["heads"])
     cache = cache_class(model, policy=policy_from_dict(header["policy"]), kernels=kernels, static=static, **options)
     _check_model(path, header, cache.config, cache.model)
     if header["kernels"] != (None if kernels is None else digest(kernels.state_dict())):
@@ -83,7 +87,20 @@ def load(
             _fill(layer, kept, saved)
         except (AssertionError, AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise _damaged(path, f"layer {index} does not have what a {type(layer).__name__} holds: {error}") from error
+        if isinstance(layer, LESSLayer) and layer.held.slots.coding.turns_keys != saved.get("turned", False):
+            raise LESSError(
+                f"{path}: layer {index}: expected a model whose keys turn with their position as the saved ones do. Load the "
+                "cache with the model itself, not with its config, or read the text again."
+            )
     return cache
+
+
+def _profile(path: Path, entries: dict) -> HeadBudgets:
+    """The head budgets that a cache was saved with."""
+    try:
+        return HeadBudgets.from_json(json.dumps(entries))
+    except LESSError as error:
+        raise _damaged(path, str(error)) from error
 
 
 def _fill(layer: Any, kept: dict[str, torch.Tensor], saved: dict) -> None:
@@ -154,7 +171,7 @@ def _check_header(path: Path, header: dict) -> None:
             raise _damaged(path, f"expected an entry {name!r}, got {sorted(header)}")
         if not isinstance(header[name], kind):
             raise _damaged(path, f"expected {name!r} to be {KINDS[kind]}, got {header[name]!r}")
-    for name, kinds in {"heads": str | list, "slots": str, "fit": bool}.items():
+    for name, kinds in {"heads": str | list | dict, "slots": str, "fit": bool}.items():
         if name in header and not isinstance(header[name], kinds):
             raise _damaged(path, f"expected {name!r} to be one of {kinds}, got {header[name]!r}")
     for name in ("weights", "dtype"):  # newer than the format

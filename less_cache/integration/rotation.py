@@ -37,6 +37,11 @@ class Rotation:
         """Of a layer without RoPE."""
         return cls(torch.arange(head_dim), torch.zeros(head_dim), torch.zeros(head_dim), turns=False)
 
+    @property
+    def turns_keys(self) -> bool:
+        """Whether keys turn as queries do: not where norms with weights of their own follow the rotation."""
+        return self.turns and bool((self.gains.abs() == 1).logical_or(self.gains == 0).all())
+
     def to(self, device: torch.device | str) -> "Rotation":
         return Rotation(self.partner.to(device), self.gains.to(device), self.angles.to(device), self.turns)
 

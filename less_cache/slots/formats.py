@@ -139,16 +139,6 @@ def _hadamard(size: int, device: torch.device) -> torch.Tensor:
         return matrix / size**0.5
 
 
-def centred(keys: torch.Tensor, centers: torch.Tensor | None) -> torch.Tensor:
-    """Keys `[b, g, c, d]` less their heads' `centers` `[b, g, 1, d]`, as they are stored; None: 0."""
-    return keys if centers is None else keys - centers.to(keys.dtype)
-
-
-def uncentred(keys: torch.Tensor, centers: torch.Tensor | None) -> torch.Tensor:
-    """The keys that `centred` took."""
-    return keys if centers is None else keys + centers.to(keys.dtype)
-
-
 FORMATS: dict[str, type[SlotFormat]] = {each.name: each for each in (FloatSlots, Int8Slots, Int4Slots)}
 
 

@@ -96,7 +96,7 @@ class Held:
         """What `tensors` gave these of; `dtype`: of the keys and values before they were stored."""
         rows = Rows(**{name: tensors.get(name) for name in OF_ROWS})
         capacity = setup.policy.capacity(rows.counts_by_head())
-        slots = Slots.from_tensors(tensors, setup.format, dtype, len(rows.seen), capacity)
+        slots = Slots.from_tensors(tensors, setup.coding(None).on(rows.seen.device), dtype, len(rows.seen), capacity)
         if slots.room is not None and not setup.grows:
             slots = slots.refit(capacity, None)
         b, g = slots.sizes.shape

@@ -7,6 +7,7 @@ import torch
 
 from less_cache.memory import LayerMemory
 from less_cache.policies import EvictionPolicy
+from less_cache.slots.coding import Coding
 from less_cache.slots.formats import SlotFormat
 
 
@@ -31,6 +32,11 @@ class Setup:
     grows: bool = True
     fit: bool = False
     rotation: Any = None
+
+    def coding(self, centers: torch.Tensor | None) -> Coding:
+        """How keys and values are stored, less these mean keys."""
+        turns_keys = not self.format.is_exact and self.rotation is not None and self.rotation.turns_keys
+        return Coding(self.format, centers, self.rotation if turns_keys else None)
 
     @property
     def packs(self) -> bool:

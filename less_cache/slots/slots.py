@@ -11,12 +11,12 @@ import torch
 from less_cache.errors import LESSError
 from less_cache.policies import EvictionPolicy
 from less_cache.slots import ragged
+from less_cache.slots.coding import Coding
 from less_cache.slots.columns import Columns
-from less_cache.slots.formats import SlotFormat, centred, stored_name, uncentred
 
 SPARE_SLOTS = 64  # free slots of a head that may still grow
 SLACK = 1.25  # heads are padded to the longest where that takes no more than so many times the sum over heads
-OF_SLOTS = ("positions", "scores", "bias", "centers", "starts")  # tensors beside those of the format
+OF_SLOTS = ("positions", "scores", "bias", "starts")  # tensors beside those of the coding
 COMPILES_WELL = torch.__version__ >= "2.13"  # torch 2.11 makes code of `index_copy_` that does not run
 
 
@@ -31,13 +31,12 @@ class Slots:
     until then. Without a budget it has some more than it holds.
     """
 
-    format: SlotFormat
+    coding: Coding
     dtype: torch.dtype  # of keys and values, as the model gives them
-    stored: dict[str, torch.Tensor]  # keys and values in that format, by `keys`, `values`, or with its part: `keys_codes`
+    stored: dict[str, torch.Tensor]  # keys and values in its format, by `keys`, `values`, or with a part: `keys_codes`
     positions: torch.Tensor  # [b, g, c] or [N] int32, -1: an empty slot
     scores: torch.Tensor  # as positions, float32, or 16 bit under a policy that chooses in blocks
     bias: torch.Tensor | None  # as scores
-    centers: torch.Tensor | None  # [b, g, 1, d] float16, less which keys are stored; None: 0
     starts: torch.Tensor | None  # [b·g + 1] int64; None: heads of one size
     own_sizes: torch.Tensor | None  # [b, g] int64, on the processor, where it differs by head
     room: int | None  # steps that may come before a head may be full; None: any number
@@ -51,8 +50,7 @@ class Slots:
         kept: torch.Tensor,
         capacity: torch.Tensor | None,
         tokens: int | None,
-        format: SlotFormat,
-        centers: torch.Tensor | None = None,
+        coding: Coding,
     ) -> "Slots":
         """Fresh slots of the columns that are `kept`, bool `[b, g, c]`; nothing else stays referenced.
 
@@ -61,35 +59,27 @@ class Slots:
         """
         b, g, _ = kept.shape
         if capacity is None:
-            return cls._compact(columns, kept, format, centers, kept.sum(-1).cpu() + SPARE_SLOTS, SPARE_SLOTS)
+            return cls._compact(columns, kept, coding, kept.sum(-1).cpu() + SPARE_SLOTS, SPARE_SLOTS)
         capacity = capacity.cpu().expand(b, g, 1).squeeze(-1)
         most = int(capacity.max())
         if tokens is None or most <= tokens + SPARE_SLOTS:
-            return cls._compact(columns, kept, format, centers, capacity + 1, None)
+            return cls._compact(columns, kept, coding, capacity + 1, None)
         spare = max(SPARE_SLOTS, tokens // 4)
-        return cls._compact(columns, kept, format, centers, capacity.clamp_max(tokens + spare) + 1, spare)
+        return cls._compact(columns, kept, coding, capacity.clamp_max(tokens + spare) + 1, spare)
 
     @classmethod
-    def chosen(
-        cls,
-        columns: Columns,
-        kept: torch.Tensor,
-        format: SlotFormat,
-        centers: torch.Tensor | None,
-        before: "Slots | None" = None,
-    ) -> "Slots":
+    def chosen(cls, columns: Columns, kept: torch.Tensor, coding: Coding, before: "Slots | None" = None) -> "Slots":
         """Fresh slots of the columns that are `kept`, bool `[b, g, c]`, in their order, without a free one: nothing comes in
         before the next choice. The first columns are those of the slots `before`, whose codes stay as they are.
         """
-        return cls._compact(columns, kept, format, centers, kept.sum(-1).clamp_min(1).cpu(), None, before)
+        return cls._compact(columns, kept, coding, kept.sum(-1).clamp_min(1).cpu(), None, before)
 
     @classmethod
     def _compact(
         cls,
         columns: Columns,
         kept: torch.Tensor,
-        format: SlotFormat,
-        centers: torch.Tensor | None,
+        coding: Coding,
         sizes: torch.Tensor,
         room: int | None,
         before: "Slots | None" = None,
@@ -113,39 +103,41 @@ class Slots:
             buffer[:, :, :held] = tensor.gather(2, order.view(b, g, held, *[1] * len(more)).expand(b, g, held, *more))
             return buffer if starts is None else buffer.flatten(0, 2)[ragged.index_in_padded(sizes, starts)]
 
-        there = 0 if before is None else before.longest  # columns that are stored already
-        states = (("keys", centred(columns.keys[:, :, there:], centers)), ("values", columns.values[:, :, there:]))
-        stored = {stored_name(name, part): each for name, of in states for part, each in format.encode(of).items()}
-        if before is not None:
-            stored = {name: torch.cat([before._padded(before.stored[name], 0), new], dim=2) for name, new in stored.items()}
-        return cls(
-            format=format,
+        slots = cls(
+            coding=coding,
             dtype=columns.keys.dtype,
-            stored={name: compact(tensor, 0) for name, tensor in stored.items()},
+            stored={},
             positions=compact(columns.positions.masked_fill(~kept, -1), -1),
             scores=compact(columns.scores, 0),
             bias=None if columns.bias is None else compact(columns.bias, 0),
-            centers=centers,
             starts=starts,
             own_sizes=sizes if differ else None,
             room=room,
         )
+        if before is None:
+            slots.stored = slots._coding().encode(compact(columns.keys, 0), compact(columns.values, 0), slots.positions)
+            return slots
+        new = slice(before.longest, None)  # the columns that are not stored yet
+        coded = coding.encode(columns.keys[:, :, new], columns.values[:, :, new], columns.positions[:, :, new])
+        for name, codes in coded.items():
+            slots.stored[name] = compact(torch.cat([before._padded(before.stored[name], 0), codes], dim=2), 0)
+        return slots
 
     @classmethod
     def from_tensors(
         cls,
         tensors: Mapping[str, torch.Tensor],
-        format: SlotFormat,
+        coding: Coding,
         dtype: torch.dtype,
         b: int,
         capacity: torch.Tensor | None,
     ) -> "Slots":
-        """The slots that `tensors` gave these of; `b`: rows, `capacity` as in `keep`."""
+        """The slots that `tensors` gave these of; `b`: rows, `capacity` as in `keep`, of the `coding` all but the centers."""
         starts = tensors.get("starts")
-        stored = {name: tensors[name] for name in format.names()}
+        coding = dataclasses.replace(coding, centers=tensors.get("centers"))
+        stored = {name: tensors[name] for name in coding.format.names()}
         sizes = None if starts is None else starts.diff().view(b, -1).cpu()
-        beside = tensors["positions"], tensors["scores"], tensors.get("bias"), tensors.get("centers"), starts
-        slots = cls(format, dtype, stored, *beside, sizes, room=0)
+        slots = cls(coding, dtype, stored, tensors["positions"], tensors["scores"], tensors.get("bias"), starts, sizes, room=0)
         if capacity is not None and bool((slots.sizes.unsqueeze(-1) > capacity.cpu()).all()):
             slots.room = None
         return slots
@@ -166,7 +158,8 @@ class Slots:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """All tensors by name."""
-        return self.stored | {name: getattr(self, name) for name in OF_SLOTS if getattr(self, name) is not None}
+        beside = {name: getattr(self, name) for name in OF_SLOTS} | {"centers": self.coding.centers}
+        return self.stored | {name: tensor for name, tensor in beside.items() if tensor is not None}
 
     @property
     def host_bytes(self) -> int:
@@ -176,17 +169,17 @@ class Slots:
     @property
     def is_plain(self) -> bool:
         """Whether heads are of one size, without biases, and keys and values stored as they are."""
-        return self.starts is None and self.bias is None and self.format.name == "float"
+        return self.starts is None and self.bias is None and self.coding.format.name == "float"
 
     @property
     def keys(self) -> torch.Tensor:
         """`[b, g, c, d]`; beyond a head's last slot they mean nothing."""
-        return uncentred(self._padded(self._decoded("keys"), 0), self.centers)
+        return self._padded(self._coding().keys(self.stored, self.positions, self.dtype), 0)
 
     @property
     def values(self) -> torch.Tensor:
         """`[b, g, c, w]`; 0 beyond a head's last slot."""
-        return self._padded(self._decoded("values"), 0)
+        return self._padded(self.coding.values(self.stored, self.dtype), 0)
 
     def scores_by_column(self) -> torch.Tensor:
         """The scores alone of `columns`, `[b, g, c]`."""
@@ -208,7 +201,8 @@ class Slots:
         """
         at = slots.unsqueeze(-1) if self.starts is None else self._at(slots).clamp_max(self.positions.shape[0] - 1)
         gathered = {name: self._gather(tensor, at) for name, tensor in self.stored.items()}
-        return uncentred(self._decoded("keys", gathered), self.centers), self._decoded("values", gathered)
+        positions = self.positions.gather(-1, slots) if self.starts is None else self.positions[at]
+        return self.coding.keys(gathered, positions, self.dtype), self.coding.values(gathered, self.dtype)
 
     # Changing them, in place
 
@@ -225,9 +219,8 @@ class Slots:
         self._scatter(self.scores, slots, scores)
         if self.bias is not None:
             self._scatter(self.bias, slots, torch.zeros_like(scores))
-        for name, states in (("keys", centred(key_states, self.centers)), ("values", value_states)):
-            for part, tensor in self.format.encode(states).items():
-                self._write(self.stored[stored_name(name, part)], slots, tensor)
+        for name, tensor in self.coding.encode(key_states, value_states, positions).items():
+            self._write(self.stored[name], slots, tensor)
         return slots
 
     def set_positions(self, slots: torch.Tensor, positions: torch.Tensor) -> None:
@@ -249,6 +242,10 @@ class Slots:
         at = columns.positions.clamp_min(0).long().view(b, g * c)
         positions = moved.gather(-1, at).view(b, g, c).masked_fill(columns.positions < 0, -1)
         self.positions.copy_(self._flat(positions))
+        if self.coding.turns_keys:  # they stay as they are, wherever they count from now on
+            keys, values = self._flat(columns.keys), self._flat(columns.values)
+            for name, tensor in self._coding().encode(keys, values, self.positions).items():
+                self.stored[name].copy_(tensor)
         self.set_scores(policy.renumbered(columns.scores, moved))
 
     # All of them at once
@@ -256,17 +253,17 @@ class Slots:
     def refit(self, capacity: torch.Tensor | None, tokens: int) -> "Slots":
         """The same tokens in slots with room for more, after `tokens` were seen; arguments as in `keep`."""
         columns = self.columns()
-        return Slots.keep(columns, columns.positions >= 0, capacity, tokens, self.format, self.centers)
+        return Slots.keep(columns, columns.positions >= 0, capacity, tokens, self.coding)
 
     def map(self, change: Callable[[str, torch.Tensor], torch.Tensor]) -> "Slots":
         """The same with every tensor changed, by its name; shapes stay."""
         return dataclasses.replace(
             self,
+            coding=self.coding.map(change),
             stored={name: change(name, tensor) for name, tensor in self.stored.items()},
             positions=change("positions", self.positions),
             scores=change("scores", self.scores),
             bias=None if self.bias is None else change("bias", self.bias),
-            centers=None if self.centers is None else change("centers", self.centers),
             starts=None if self.starts is None else change("starts", self.starts),
         )
 
@@ -279,16 +276,19 @@ class Slots:
         first = self.starts[:-1].view(self.own_sizes.shape)[indices.to(starts.device)].flatten()  # of each chosen head
         head, slot = ragged.heads_and_slots(sizes, starts)
         at = first[head] + slot
-        of_head = {"starts": starts, "centers": None if self.centers is None else self.centers[indices.to(self.centers.device)]}
-        selected = self.map(lambda name, slots: of_head[name] if name in of_head else slots[at.to(slots.device)])
-        return dataclasses.replace(selected, own_sizes=sizes)
+        own = dataclasses.replace(self, coding=dataclasses.replace(self.coding, centers=None), starts=None)
+        selected = own.map(lambda name, slots: slots[at.to(slots.device)])
+        coding = self.coding.map(lambda name, rows: rows[indices.to(rows.device)])
+        return dataclasses.replace(selected, coding=coding, starts=starts, own_sizes=sizes)
 
     # Equal heads and others
 
-    def _decoded(self, name: str, stored: Mapping[str, torch.Tensor] | None = None) -> torch.Tensor:
-        stored = self.stored if stored is None else stored
-        parts = {each.removeprefix(name).removeprefix("_"): stored[each] for each in stored if each.startswith(name)}
-        return self.format.decode(parts, self.dtype)
+    def _coding(self) -> Coding:
+        """The coding of all slots as they lie: where heads differ in size, with centers for each slot."""
+        if self.starts is None or self.coding.centers is None:
+            return self.coding
+        heads = torch.arange(self.starts.numel() - 1, device=self.starts.device).repeat_interleave(self.starts.diff())
+        return dataclasses.replace(self.coding, centers=self.coding.centers.flatten(0, 2)[heads])
 
     def _padded(self, tensor: torch.Tensor, fill: int) -> torch.Tensor:
         """`[N, *]` as `[b, g, c, *]`, `fill` beyond a head's last slot; `[b, g, c, *]` as it is."""

@@ -47,7 +47,7 @@ def can_step(setup: Setup, held: Held, call: AttentionCall) -> bool:
     wrong with it: C++ reads and writes every tensor as what it should be.
     """
     memory, slots = setup.memory, held.slots
-    if type(setup.policy) not in POLICIES or type(memory) not in MEMORIES or type(slots.format) is not FloatSlots:
+    if type(setup.policy) not in POLICIES or type(memory) not in MEMORIES or type(slots.coding.format) is not FloatSlots:
         return False
     if isinstance(memory, LayerCentroids) and isinstance(setup.policy, CORM):
         return False  # several tokens that leave in one step are clustered together

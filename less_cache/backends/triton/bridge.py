@@ -41,7 +41,7 @@ def can_step(setup: Setup, held: Held, call: AttentionCall) -> bool:
     return (
         not _failed
         and type(setup.policy) in POLICIES
-        and held.slots.format.name == "float"
+        and held.slots.coding.format.name == "float"
         and (held.state is None or isinstance(held.state, LowRankState))
         and call.softcap is None
         and call.sinks is None
