@@ -2,7 +2,7 @@
 
 from less_cache.cache import LESSCache, MemoryFootprint
 from less_cache.errors import LESSError
-from less_cache.kernels import LESSConfig, LESSKernels
+from less_cache.kernels import HeadBudgets, LESSConfig, LESSKernels
 from less_cache.policies import CORM, H2O, POLICIES, AttentionMatching, EvictionPolicy, SinkRecent
 from less_cache.version import __version__
 
@@ -12,6 +12,7 @@ __all__ = [
     "POLICIES",
     "AttentionMatching",
     "EvictionPolicy",
+    "HeadBudgets",
     "LESSCache",
     "LESSConfig",
     "LESSError",

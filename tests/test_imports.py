@@ -43,6 +43,7 @@ MAY_NEED = {  # `backends.select` goes on without it
 }
 # Imports inside functions: what needs the network is imported when it is asked for.
 LATE = {
+    "kernels.head_budgets": {"hub.client"},
     "kernels.kernels": {"hub.client", "hub.publish"},
     "cache.cache": {"hub.resolution"},
 }

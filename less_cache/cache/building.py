@@ -17,6 +17,9 @@ from less_cache.cache.static import StaticLESSLayer
 from less_cache.errors import LESSError
 from less_cache.integration.families import full_attention_layers
 from less_cache.integration.probing import rotations
+from less_cache.kernels.check import check_head_budgets
+from less_cache.kernels.head_budgets import HeadBudgets
+from less_cache.slots import format_of
 
 logger = logging.getLogger(__name__)
 
@@ -24,6 +27,8 @@ logger = logging.getLogger(__name__)
 def built(config: PreTrainedConfig, model: PreTrainedModel | None, options: Options, static: bool) -> list[Any]:
     """One for each layer of a model, in order; they hold nothing yet. `model`: None where the config alone is known."""
     layers, full_attention = own_layers(config, static), full_attention_layers(config)
+    if isinstance(options.heads, HeadBudgets):
+        check_head_budgets(options.heads, config, full_attention, model)
     layer_class = StaticLESSLayer if static else LESSLayer
     allotment = Allotment(len(full_attention)) if options.heads == "adaptive" else None
     turns = _turns(config, model, options)
@@ -61,9 +66,9 @@ def forked(layers: Sequence[Any]) -> list[Any]:
 
 def _turns(config: PreTrainedConfig, model: PreTrainedModel | None, options: Options) -> dict[int, Any]:
     """How the queries of each layer turn, where that is asked for and known."""
-    if not options.policy.asks_references and not options.fit:
+    if not options.policy.asks_references and not options.fit and format_of(options.slots).is_exact:
         return {}
     turns = {} if model is None else rotations(model)
-    known = "" if any(turns.values()) else "; how its queries turn is not known: they are not turned, nothing is fitted"
+    known = "" if any(turns.values()) else "; how its queries turn is not known: nothing is turned, and nothing fitted"
     logger.info("LESSCache of %s: %s%s", config.model_type, options, known)
     return turns

@@ -21,7 +21,7 @@ from less_cache.integration import hook
 from less_cache.integration.families import PREFIX_TUNING, check_supported, full_attention_layers, warn_untested
 from less_cache.kernels.check import check_kernels
 from less_cache.kernels.kernels import LESSKernels
-from less_cache.policies import H2O, USUAL_BUDGET, EvictionPolicy
+from less_cache.policies import EvictionPolicy
 
 
 class LESSCache(Cache):
@@ -48,8 +48,8 @@ class LESSCache(Cache):
         budget: Of the default policy: tokens a KV head (an int), or a share of the bytes that a 16-bit full cache has of the
             prompt, all that is held counted (a float). Default: 5 %.
         heads: How the budget is shared out: "equal", "adaptive" (one threshold on the scores over all heads of all layers, for
-            each prompt; layers choose when the last one has read it), or shares of your own, `[g]` for each layer under LESS, 1
-            on average.
+            each prompt; layers choose when the last one has read it), `HeadBudgets` or "profile", those beside the kernels
+            (layers choose one by one), or shares of your own, `[g]` for each layer under LESS, 1 on average.
         slots: How kept keys and values are stored: "float" (as they are), "int8" or "int4".
         fit: Whether kept tokens get biases and values at a prompt's end with which they give reference queries what all tokens
             gave them. Default: as the policy wants, where it is known how the model's queries turn.
@@ -126,6 +126,7 @@ class LESSCache(Cache):
         token: str | bool | None = None,
         budget: int | float | None = None,
         static: bool = False,
+        heads: Heads | None = None,
     ) -> "LESSCache":
         """A cache with the kernels of a folder or Hub repository.
 
@@ -136,10 +137,10 @@ class LESSCache(Cache):
             revision: Branch, tag or commit of a repository; default: main.
             token: For private and gated repositories; default: the one of `hf auth login`.
             budget: What the kernels' policy keeps: tokens (an int), or a share of the prompt (a float). Default: its own.
-            static: Fixed shapes, as in `LESSCache`.
+            static, heads: As in `LESSCache`.
         """
         kernels = LESSKernels.from_pretrained(folder_or_repo, revision=revision, token=token)
-        return cls(model, policy=with_budget(budget, policy, kernels), kernels=kernels, static=static)
+        return cls(model, policy=with_budget(budget, policy, kernels), kernels=kernels, static=static, heads=heads)
 
     @classmethod
     def for_model(
@@ -149,6 +150,7 @@ class LESSCache(Cache):
         policy: EvictionPolicy | None = None,
         token: str | bool | None = None,
         static: bool = False,
+        heads: Heads | None = None,
     ) -> "LESSCache":
         """A cache with the kernels that are known for this model.
 
@@ -161,14 +163,12 @@ class LESSCache(Cache):
             budget: What the kernels' policy keeps: tokens (an int), or a share of the prompt (a float). Default: its own.
             policy: What to keep, instead of the policy that the kernels were trained with.
             token: For private and gated repositories; default: the one of `hf auth login`.
-            static: Fixed shapes, as in `LESSCache`.
+            static, heads: As in `LESSCache`.
         """
         from less_cache.hub.resolution import kernels_for  # the network: when it is asked for
 
         kernels = kernels_for(model, token)
-        if kernels is None and policy is None:
-            return cls(model, policy=H2O.from_budget(USUAL_BUDGET if budget is None else budget), static=static)
-        return cls(model, policy=with_budget(budget, policy, kernels), kernels=kernels, static=static)
+        return cls(model, policy=with_budget(budget, policy, kernels), kernels=kernels, static=static, heads=heads)
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs

@@ -10,11 +10,12 @@ from transformers import PreTrainedConfig
 from less_cache.cache import spending
 from less_cache.errors import LESSError
 from less_cache.integration.families import geometry
+from less_cache.kernels.head_budgets import BUDGETS_NAME, HeadBudgets
 from less_cache.kernels.kernels import LESSKernels
-from less_cache.policies import USUAL_BUDGET, AttentionMatching, EvictionPolicy, policy_class, policy_from_dict
+from less_cache.policies import H2O, USUAL_BUDGET, AttentionMatching, EvictionPolicy, policy_class, policy_from_dict
 from less_cache.slots import format_of
 
-Heads = str | Sequence[Any]  # "equal", "adaptive", or shares [g] for each layer under LESS
+Heads = str | HeadBudgets | Sequence[Any]  # "equal", "adaptive", "profile", or shares [g] for each layer under LESS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,32 +61,41 @@ class Options:
             policy = _fitted(USUAL_BUDGET if budget is None else budget, config, slots, kernels)
         if not isinstance(policy, EvictionPolicy):
             raise LESSError(f"LESSCache: expected a policy such as H2O(heavy=64, recent=64), got {policy!r}.")
-        options = cls(policy, kernels, heads or "equal", slots or "float", policy.asks_references if fit is None else fit)
+        heads = _heads(heads, policy, kernels, static)
+        options = cls(policy, kernels, heads, slots or "float", policy.asks_references if fit is None else fit)
         format_of(options.slots)
         options._check_together(static)
         return options
 
     def __str__(self) -> str:
         heads = self.heads if isinstance(self.heads, str) else "as given"
+        if isinstance(self.heads, HeadBudgets):
+            heads = "profile" if self.heads.source is None else f"profile of {self.heads.source}"
         kernels = "none" if self.kernels is None else self.kernels.source
         return f"{self.policy}, heads {heads}, slots {self.slots}, kernels {kernels}"
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form of what neither policy nor kernels say, as the file of a saved cache repeats it."""
-        heads = self.heads if isinstance(self.heads, str) else [torch.as_tensor(each).tolist() for each in self.heads]
+        heads: Any = self.heads
+        if isinstance(heads, HeadBudgets):
+            heads = heads.to_dict()
+        elif not isinstance(heads, str):
+            heads = [torch.as_tensor(each).tolist() for each in heads]
         return {"heads": heads, "slots": self.slots, "fit": self.fit}
 
     def shares(self, position: int) -> torch.Tensor | None:
         """How much of the budget the KV heads of a layer get, `[g]`, by its place among those under LESS; None: equal."""
         if isinstance(self.heads, str):
             return None
-        return torch.as_tensor(self.heads[position], dtype=torch.float32)
+        shares = self.heads.shares if isinstance(self.heads, HeadBudgets) else self.heads
+        return torch.as_tensor(shares[position], dtype=torch.float32)
 
     def _check_together(self, static: bool) -> None:
         """Raise for what cannot go together."""
         if isinstance(self.heads, str) and self.heads not in ("equal", "adaptive"):
             raise LESSError(
-                f"LESSCache: expected heads to be 'equal', 'adaptive' or shares for each layer, got {self.heads!r}."
+                f"LESSCache: expected heads to be 'equal', 'adaptive', 'profile', HeadBudgets or shares for each layer, got "
+                f"{self.heads!r}."
             )
         if static and self.policy.block_size is not None:
             raise LESSError(
@@ -96,19 +106,39 @@ class Options:
             if static:
                 raise LESSError(
                     "LESSCache: static=True needs shapes that no prompt changes, but heads='adaptive' gives every prompt "
-                    "others. Use heads='equal', shares of your own, or static=False."
+                    "others. Use heads='profile' or 'equal', shares of your own, or static=False."
                 )
             if not self.policy.compares_heads:
                 raise LESSError(
                     f"LESSCache: heads='adaptive' compares the scores of tokens over all heads, but {self.policy} has none to "
-                    "compare. Use heads='equal', or another policy."
+                    "compare. Use heads='profile' or 'equal', or another policy."
                 )
+
+
+def _heads(heads: Heads | None, policy: EvictionPolicy, kernels: LESSKernels | None, static: bool) -> Heads:
+    """What was asked for; where nothing was, the kernels' profile if heads cannot be adaptive and there is one, else equal."""
+    profile = None if kernels is None else kernels.head_budgets
+    if heads is None:
+        return profile if profile is not None and (static or not policy.compares_heads) else "equal"
+    if not isinstance(heads, str) or heads != "profile":
+        return heads
+    if profile is None:
+        found = "there are no kernels" if kernels is None else f"the kernels ({kernels.source}) have none beside them"
+        raise LESSError(
+            f"LESSCache: heads='profile' needs a {BUDGETS_NAME} in the kernels' folder, but {found}. Measure it with "
+            "less-cache profile, or pass heads=HeadBudgets.from_pretrained(…)."
+        )
+    return profile
 
 
 def with_budget(
     budget: int | float | None, policy: EvictionPolicy | None, kernels: LESSKernels | None
 ) -> EvictionPolicy | None:
-    """The policy that the kernels were trained with, at another budget; `policy` where no budget is given."""
+    """The policy that the kernels were trained with, at another budget; `policy` where no budget is given. H2O where there is
+    nothing that says which.
+    """
+    if policy is None and kernels is None:
+        return H2O.from_budget(USUAL_BUDGET if budget is None else budget)
     if budget is None:
         return policy
     trained_with = (kernels.config.policy or {}).get("name") if kernels is not None else None

@@ -4,6 +4,8 @@ import dataclasses
 import json
 from pathlib import Path
 
+from transformers import PreTrainedModel
+
 from less_cache import models
 from less_cache.cache.cache import LESSCache
 from less_cache.errors import LESSError
@@ -11,8 +13,11 @@ from less_cache.evaluation.plot import draw
 from less_cache.files import atomic, plain_json
 from less_cache.files.paths import expanded
 from less_cache.hub import card, client, publish
+from less_cache.integration.families import full_attention_layers
 from less_cache.kernels import folder as files
+from less_cache.kernels.check import check_head_budgets
 from less_cache.kernels.config import LESSConfig
+from less_cache.kernels.head_budgets import BUDGETS_NAME, HeadBudgets
 from less_cache.kernels.kernels import LESSKernels
 from less_cache.policies import H2O
 from less_cache.reports import plots
@@ -21,9 +26,12 @@ from less_cache.reports import plots
 def pull(name: str, revision: str | None, output: Path | None) -> None:
     """Download and check kernels; print the folder that holds them."""
     folder = client.find(name, revision)
-    LESSKernels.from_pretrained(folder)
+    kernels = LESSKernels.from_pretrained(folder)
     if output is not None:
-        atomic.replace(output, {part: (folder / part).read_bytes() for part in (files.WEIGHTS_NAME, files.CONFIG_NAME)})
+        if (beside := kernels.head_budgets or HeadBudgets.of(output)) is not None:
+            beside.check_beside(kernels.config, str(output))
+        parts = [files.WEIGHTS_NAME, files.CONFIG_NAME, *([] if kernels.head_budgets is None else [BUDGETS_NAME])]
+        atomic.replace(output, {part: (folder / part).read_bytes() for part in parts})
         folder = output
     print(folder)
 
@@ -42,16 +50,34 @@ def push(folder: Path, repo_id: str, revision: str | None, private: bool, licens
 
 def info(name: str, revision: str | None) -> None:
     """Print what kernels say about themselves, as JSON: the words are those of whoever published them."""
+    if _has_a_profile_alone(name):
+        _print_profile(HeadBudgets.from_pretrained(name))
+        return
     kernels = LESSKernels.from_pretrained(name, revision=revision)
     folder = Path(kernels.source or "")
     print(f"folder: {folder}")
     print(f"weights: {files.describe(folder)}")
     for key, value in dataclasses.asdict(kernels.config).items():
         print(f"{key}: {json.dumps(value)}")
+    if kernels.head_budgets is not None:
+        print()
+        _print_profile(kernels.head_budgets)
+
+
+def _print_profile(budgets: HeadBudgets) -> None:
+    print(f"{BUDGETS_NAME}: {len(budgets.shares)} layers of {budgets.num_key_value_heads} KV heads")
+    for key, value in budgets.to_dict().items():
+        print(f"{key}: {json.dumps(value)}")
 
 
 def verify(name: str, revision: str | None, model_name: str | None) -> None:
-    """Check every byte of kernels, and whether they belong to a model."""
+    """Check every byte of kernels, and of a profile beside them, and whether they belong to a model."""
+    if _has_a_profile_alone(name):
+        budgets = HeadBudgets.from_pretrained(name)
+        if model_name is not None:
+            _check(budgets, models.load(model_name)[0])
+        print(f"{name}: a profile of head budgets" + (f", and measured for {model_name}." if model_name else "."))
+        return
     kernels = LESSKernels.from_pretrained(name, revision=revision)
     if kernels.config.sha256 is None:
         raise LESSError(
@@ -59,8 +85,19 @@ def verify(name: str, revision: str | None, model_name: str | None) -> None:
         )
     if model_name is not None:
         model, _ = models.load(model_name)
-        LESSCache(model, policy=H2O(1, 1), kernels=kernels)
+        LESSCache(model, policy=H2O(1, 1), kernels=kernels, heads="equal")
+        if kernels.head_budgets is not None:
+            _check(kernels.head_budgets, model)
     print(f"{name}: as its config says" + (f", and trained for {model_name}." if model_name else "."))
+
+
+def _has_a_profile_alone(name: str) -> bool:
+    folder = expanded(name)
+    return folder.is_dir() and (folder / BUDGETS_NAME).exists() and not (folder / files.CONFIG_NAME).exists()
+
+
+def _check(budgets: HeadBudgets, model: PreTrainedModel) -> None:
+    check_head_budgets(budgets, model.config, full_attention_layers(model.config), model)
 
 
 def write_card(folder: Path, reports: list[str], base_model: str | None, license: str | None, plot: bool) -> None:

@@ -1,4 +1,4 @@
-"""Commands that measure: eval and bench."""
+"""Commands that measure: eval, profile and bench."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -54,6 +54,58 @@ def perplexity(
 
     sizes = [parse_budget(budget) for budget in budgets]
     run(model, kernels, policy, sizes, data, sequences, prompt_length, decoded, batch_size, dtype, known, output, plot)
+
+
+@app.command()
+def profile(
+    model: Annotated[str, typer.Argument(parser=parse_name, metavar="MODEL", help="Folder, .gguf file or Hub id.")],
+    data: Annotated[
+        list[Path], typer.Option(parser=parse_path, metavar="FILE", help="UTF-8 text; several share the sequences.")
+    ],
+    output: Annotated[
+        Path, typer.Option(parser=parse_path, metavar="DIR", help="Folder for head_budgets.json: a new one, or of kernels.")
+    ],
+    budget: Annotated[
+        Any,
+        typer.Option(
+            parser=parse_budget, metavar="SIZE", help="Tokens that stay per KV head, or a share of the full cache's bytes."
+        ),
+    ] = "0.05",
+    sequences: Annotated[int, typer.Option(min=1, help="Stretches of text, evenly spaced.")] = 64,
+    prompt_length: Annotated[int, typer.Option(min=2, help="Tokens of each.")] = 1024,
+    batch_size: Annotated[int, typer.Option(min=1, help="Sequences at once.")] = 4,
+    dtype: Annotated[str, typer.Option(help="Of the model's weights: float32, bfloat16 or float16.")] = "float32",
+    base_model: Annotated[
+        str | None,
+        typer.Option(metavar="ID", help="Hub id of the model. Default: that of the kernels in the folder, or MODEL."),
+    ] = None,
+) -> None:
+    """Measure how much of a budget each KV head of a model gets, on average over texts: a profile for heads="profile"."""
+    from less_cache.cli.profile import run
+
+    run(model, data, output, budget, sequences, prompt_length, batch_size, dtype, base_model)
+
+
+@evaluations.command()
+def recall(
+    model: Annotated[str, typer.Argument(parser=parse_name, metavar="MODEL", help="Folder, .gguf file or Hub id.")],
+    data: Annotated[list[Path], typer.Option(parser=parse_path, metavar="FILE", help="UTF-8 text; several take turns.")],
+    budgets: Annotated[
+        list[float], typer.Option("--budget", metavar="SHARE", help="Of a 16-bit full cache's bytes, such as 0.1; repeatable.")
+    ],
+    length: Annotated[int, typer.Option(min=64, metavar="TOKENS", help="Of each text, the number included.")] = 1024,
+    needles: Annotated[int, typer.Option(min=1, help="Numbers, each in a stretch of its own, at all depths.")] = 20,
+    decoded: Annotated[int, typer.Option(min=0, metavar="TOKENS", help="Of the text, one by one, before the question.")] = 0,
+    dtype: Annotated[str, typer.Option(help="Of the model's weights: float32, bfloat16 or float16.")] = "float32",
+    seed: Annotated[int, typer.Option(help="Of stretches, words and numbers.")] = 0,
+    output: Annotated[
+        Path | None, typer.Option(parser=parse_path, metavar="FILE", help="Write the JSON line here too.")
+    ] = None,
+) -> None:
+    """Numbers found that a text mentions once: full cache, H2O, LESS, and LESS that has read the text twice."""
+    from less_cache.evaluation.recall_command import run
+
+    run(model, data, budgets, length, needles, decoded, dtype, seed, output)
 
 
 @app.command(no_args_is_help=True)

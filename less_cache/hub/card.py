@@ -9,6 +9,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from less_cache.errors import LESSError
 from less_cache.hub.client import FINGERPRINT_TAG, LIBRARY_TAG, is_repo_id
 from less_cache.kernels.config import LESSConfig
+from less_cache.kernels.head_budgets import BUDGETS_NAME, HeadBudgets
 from less_cache.memory import MEMORIES
 
 PLOT_NAME = "perplexity.png"
@@ -23,6 +24,7 @@ def render(
     previous: str | None = None,
     license: str | None = None,
     plot: bool = False,
+    budgets: HeadBudgets | None = None,
 ) -> str:
     """The card's text, metadata first.
 
@@ -33,6 +35,7 @@ def render(
         previous: An older card: its own metadata, and its text outside the generated part, stay.
         license: Of the base model, as the Hub writes it, such as `apache-2.0`. Default: the older card's.
         plot: Whether `perplexity.png` stands beside the card.
+        budgets: The head budgets beside the kernels.
 
     Raises:
         LESSError: The config names no Hub model as base model, its policy cannot be shown, or the older card's metadata
@@ -50,7 +53,7 @@ def render(
         older = ModelCard(previous or "---\n{}\n---\n")
     except Exception as error:  # whatever the YAML parser and the metadata's own checks raise
         raise LESSError(f"Card: expected metadata in YAML in the older card, got: {error}. Correct or remove it.") from error
-    text = "\n".join([BEGIN, *_sections(config, name, weights, plot), END])
+    text = "\n".join([BEGIN, *_sections(config, name, weights, plot, budgets), END])
     if re.search(f"{re.escape(BEGIN)}.*{re.escape(END)}", older.text, re.DOTALL):
         text = re.sub(f"{re.escape(BEGIN)}.*{re.escape(END)}", lambda _: text, older.text, count=1, flags=re.DOTALL)
     elif older.text.strip():
@@ -130,7 +133,7 @@ def _tags(config: LESSConfig, older: list[str]) -> list[str]:
     return [tag for tag in older if tag not in ours and not tag.startswith(prefix)] + ours
 
 
-def _sections(config: LESSConfig, name: str, weights: str, plot: bool) -> list[str]:
+def _sections(config: LESSConfig, name: str, weights: str, plot: bool, budgets: HeadBudgets | None) -> list[str]:
     base = config.base_model or ""
     policy = config.policy or {}
     policies = config.training.get("policies")
@@ -157,6 +160,8 @@ def _sections(config: LESSConfig, name: str, weights: str, plot: bool) -> list[s
         "",
         f"A derivative of [{base}](https://huggingface.co/{base}), whose licence applies.",
     ]
+    if budgets is not None:
+        lines += ["", *_profile(name, budgets)]
     if reports(config):
         lines += ["", "## Measured", ""]
         lines += [
@@ -196,6 +201,16 @@ def _without_the_class(name: str, policy: dict) -> list[str]:
         "",
         "# The same without the class, a budget in tokens:",
         f'output = model.generate(**inputs, custom_generate="{name}", trust_remote_code=True, less_budget=128)',
+    ]
+
+
+def _profile(name: str, budgets: HeadBudgets) -> list[str]:
+    shares = [share for row in budgets.shares for share in row]
+    texts = budgets.measured.get("data")
+    measured = f", measured on {', '.join(map(str, texts))}" if isinstance(texts, list) and texts else ""
+    return [
+        f"`{BUDGETS_NAME}`: what each KV head keeps, {min(shares):.2f} to {max(shares):.2f} of the mean{measured}.",
+        f'With it: `LESSCache.from_pretrained("{name}", model, heads="profile")`.',
     ]
 
 

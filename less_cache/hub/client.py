@@ -18,7 +18,9 @@ from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
 
 from less_cache.errors import LESSError
 from less_cache.files.paths import expanded
+from less_cache.hub.explaining import explained
 from less_cache.kernels.folder import CONFIG_NAME, WEIGHTS_NAME, check_digest, read_config
+from less_cache.kernels.head_budgets import BUDGETS_NAME, HeadBudgets
 
 T = TypeVar("T")
 
@@ -27,10 +29,6 @@ FINGERPRINT_TAG = "less-fingerprint-{}"  # of the base model's weights; finds ke
 MOST_CANDIDATES = 5  # repositories that a search returns
 PATIENCE = 60.0  # seconds without a byte until an upload gives up
 SEARCH_PATIENCE = 5.0  # seconds that a search takes at most: whoever waits can do without
-
-
-class UnreachableError(LESSError):
-    """The Hub gave no answer."""
 
 
 def find(folder_or_repo: str | os.PathLike, revision: str | None = None, token: str | bool | None = None) -> Path:
@@ -45,28 +43,46 @@ def find(folder_or_repo: str | os.PathLike, revision: str | None = None, token: 
     return download(os.fspath(folder_or_repo), revision, token)
 
 
+def find_head_budgets(folder_or_repo: str | os.PathLike, revision: str | None = None, token: str | bool | None = None) -> Path:
+    """The local folder that holds `head_budgets.json`: the given one, or a download of the Hub repository, with its kernels
+    where it has any.
+    """
+    repo_id, folder = os.fspath(folder_or_repo), expanded(folder_or_repo)
+    if os.path.exists(folder):
+        return find(folder, revision)
+    with explained(_task("Head budgets", repo_id, revision)):
+        commit, names = _commit(repo_id, revision, token, BUDGETS_NAME)
+        if BUDGETS_NAME not in names:
+            raise LESSError(f"the repository has no {BUDGETS_NAME}. Measure it with less-cache profile.")
+    if CONFIG_NAME in names:  # a branch in the cache leads to all that a commit has, or not to it
+        return download(repo_id, revision, token)
+    with explained(_task("Head budgets", repo_id, revision)):
+        folder = _fetch(repo_id, BUDGETS_NAME, commit, token).parent
+        HeadBudgets.from_pretrained(folder)
+        _lead(repo_id, BUDGETS_NAME, revision, token)
+    return folder
+
+
 def download(repo_id: str, revision: str | None = None, token: str | bool | None = None) -> Path:
-    """Both files of one commit, checked, from the Hub or its local cache: the folder that holds them.
+    """Both files of one commit, checked, from the Hub or its local cache: the folder that holds them; and `head_budgets.json`
+    where the commit has one.
 
     Nothing in the cache is replaced. `revision` leads to the new commit in it, for work without a network, only once the
     new files have passed; a download that was damaged on the way is removed.
     """
-    if revision is not None and (not revision or ".." in revision or revision.startswith("/")):
-        raise LESSError(f"Kernels {repo_id!r}: expected revision to be a branch, a tag or a commit, got {revision!r}.")
-    with explained(f"Kernels {repo_id!r}" + (f" (revision {revision!r})" if revision else "")):
-        commit = _commit(repo_id, revision, token)
-        for name in (CONFIG_NAME, WEIGHTS_NAME):
-            path = Path(huggingface_hub.hf_hub_download(repo_id, name, revision=commit, token=token))
-            _check_transfer(path)
-        folder = path.parent
+    with explained(_task("Kernels", repo_id, revision)):
+        commit, names = _commit(repo_id, revision, token, CONFIG_NAME)
+        for name in (CONFIG_NAME, WEIGHTS_NAME, *({BUDGETS_NAME} & names)):
+            folder = _fetch(repo_id, name, commit, token).parent
         config = read_config(folder)
         if config.sha256 is None:
             raise LESSError(
                 f"{folder}: expected {CONFIG_NAME} to name the sha256 of the weights. Publish with less-cache push."
             )
         check_digest(folder, config)
-        with contextlib.suppress(OSError):  # a cache that cannot be written works as well
-            huggingface_hub.hf_hub_download(repo_id, CONFIG_NAME, revision=revision, token=token)
+        if (budgets := HeadBudgets.of(folder)) is not None:
+            budgets.check_beside(config, repo_id)
+        _lead(repo_id, CONFIG_NAME, revision, token)
     return folder
 
 
@@ -172,20 +188,42 @@ def is_repo_id(name: str) -> bool:
     )
 
 
-def _commit(repo_id: str, revision: str | None, token: str | bool | None) -> str:
-    """The commit that `revision` is now; without an answer from the Hub, the one that it was when last downloaded."""
+def _task(what: str, repo_id: str, revision: str | None) -> str:
+    """What a download is called in an error. Raises for a revision that is none."""
+    if revision is not None and (not revision or ".." in revision or revision.startswith("/")):
+        raise LESSError(f"{what} {repo_id!r}: expected revision to be a branch, a tag or a commit, got {revision!r}.")
+    return f"{what} {repo_id!r}" + (f" (revision {revision!r})" if revision else "")
+
+
+def _commit(repo_id: str, revision: str | None, token: str | bool | None, wanted: str) -> tuple[str, set[str]]:
+    """The commit that `revision` is now, and the names of its files; without an answer from the Hub, the one that it was when
+    the file `wanted` was last downloaded, and the names that are there.
+    """
     try:
         info = HfApi().model_info(repo_id, revision=revision, token=token, timeout=constants.HF_HUB_ETAG_TIMEOUT)
     except (hub_errors.RepositoryNotFoundError, hub_errors.RevisionNotFoundError, hub_errors.HFValidationError):
         raise
     except (hub_errors.HTTPError, OSError):  # offline, no connection, time-out, overloaded, broken
         with contextlib.suppress(hub_errors.LocalEntryNotFoundError):
-            cached = huggingface_hub.hf_hub_download(repo_id, CONFIG_NAME, revision=revision, local_files_only=True)
-            return Path(cached).parent.name
+            cached = huggingface_hub.hf_hub_download(repo_id, wanted, revision=revision, local_files_only=True)
+            return Path(cached).parent.name, {path.name for path in Path(cached).parent.iterdir()}
         raise
     if not re.fullmatch("[0-9a-f]{40}", info.sha or ""):
         raise LESSError(f"expected the Hub to name a commit, got {info.sha!r}. Is HF_ENDPOINT right?")
-    return info.sha  # type: ignore[return-value]
+    return info.sha, {file.rfilename for file in info.siblings or []}  # type: ignore[return-value]
+
+
+def _fetch(repo_id: str, name: str, commit: str, token: str | bool | None) -> Path:
+    """A file of a commit in the local cache, as the Hub announced it."""
+    path = Path(huggingface_hub.hf_hub_download(repo_id, name, revision=commit, token=token))
+    _check_transfer(path)
+    return path
+
+
+def _lead(repo_id: str, name: str, revision: str | None, token: str | bool | None) -> None:
+    """Let `revision` lead to the commit of which `name` is in the local cache."""
+    with contextlib.suppress(OSError):  # a cache that cannot be written works as well
+        huggingface_hub.hf_hub_download(repo_id, name, revision=revision, token=token)
 
 
 def _check_online() -> None:
@@ -231,75 +269,3 @@ def patience(seconds: float) -> Iterator[None]:
     finally:
         others = [hook for hook in session.event_hooks["request"] if hook is not limit]
         session.event_hooks = {**session.event_hooks, "request": others}
-
-
-@contextlib.contextmanager
-def explained(task: str, state: str = "Nothing was changed") -> Iterator[None]:
-    """Whatever the client raises inside becomes a LESSError that says what failed and what to do.
-
-    `state`: what a failure half-way leaves behind.
-    """
-    try:
-        yield
-    except LESSError as error:
-        raise type(error)(f"{task}: {error}") from error
-    except Exception as error:  # the client raises its own errors, its HTTP library's, OSError, ValueError and RuntimeError
-        kind = UnreachableError if _has_no_answer(error) else LESSError
-        raise kind(f"{task}: {_explanation(error, state)}") from error
-
-
-def _explanation(error: BaseException, state: str) -> str:
-    if isinstance(error, hub_errors.HFValidationError):
-        return f"no such folder, and not a valid Hub repository id. {_first_line(error)}"
-    if isinstance(error, hub_errors.GatedRepoError):  # before its base class, RepositoryNotFoundError
-        return "the repository is gated. Ask for access on its page, then log in (hf auth login) or pass token=."
-    if isinstance(error, hub_errors.RepositoryNotFoundError):
-        return (
-            "no such folder, and the Hub shows no such repository. Check the name; "
-            "if it is private, log in (hf auth login) or pass token= of an account that may read it."
-        )
-    if isinstance(error, hub_errors.RevisionNotFoundError):
-        return "the repository has no such revision. Check the branch, tag or commit."
-    if isinstance(error, hub_errors.RemoteEntryNotFoundError):
-        return f"the repository lacks a file that kernels have ({CONFIG_NAME}, {WEIGHTS_NAME}). Is it a set of kernels?"
-    if isinstance(error, hub_errors.OfflineModeIsEnabled):
-        return "not in the local cache, and HF_HUB_OFFLINE is set. Unset it, or run less-cache pull where there is a network."
-    if isinstance(error, hub_errors.LocalEntryNotFoundError | RuntimeError) and error.__cause__ is not None:
-        return _explanation(error.__cause__, state)  # the client's wrapping
-    if isinstance(error, hub_errors.HfHubHTTPError) and error.response is not None:
-        return _status(error.response.status_code, error, state)
-    if _has_no_answer(error):
-        return (
-            f"the Hub cannot be reached, or the connection broke ({_first_line(error)}). "
-            f"{state}: check the network and run again."
-        )
-    if isinstance(error, OSError) and error.errno is not None:
-        return (
-            f"cannot write to the disk ({error}). Free space, or set HF_HOME (for downloads) or TMPDIR (for uploads) to a "
-            "folder that can be written."
-        )
-    return f"the Hub's client failed: {_first_line(error)} {state}: run again."
-
-
-def _has_no_answer(error: BaseException) -> bool:
-    """Whether it is of the network; statuses are answers."""
-    if isinstance(error, hub_errors.HfHubHTTPError) and error.response is not None:
-        return False
-    return isinstance(error, hub_errors.HTTPError | hub_errors.LocalEntryNotFoundError | ConnectionError | TimeoutError)
-
-
-def _status(status: int, error: BaseException, state: str) -> str:
-    if status == 401:
-        return "the Hub does not know the token (401). Log in again (hf auth login), or pass another token=."
-    if status == 403:
-        return f"the token does not allow this (403: {_first_line(error)}). Use one with the right to."
-    if status == 429:
-        return "too many requests (429). Wait some minutes; logged in (hf auth login) the limit is higher."
-    if status >= 500:
-        return f"the Hub has a problem of its own ({status}). {state}: try again later."
-    return f"the Hub answered {status}: {_first_line(error)}"
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__

@@ -5,6 +5,7 @@ from pathlib import Path
 from less_cache.hub import card, client
 from less_cache.kernels import folder as files
 from less_cache.kernels.config import LESSConfig
+from less_cache.kernels.head_budgets import BUDGETS_NAME, HeadBudgets
 
 CARD_NAME = "README.md"
 CUSTOM_GENERATE = Path(__file__).parent / "custom_generate"
@@ -31,7 +32,7 @@ def companions(
     """
     if previous is None and (folder / CARD_NAME).is_file():
         previous = files.locate(folder, CARD_NAME).read_text(encoding="utf-8")
-    text = card.render(config, name, files.describe(folder), previous, license, plot)
+    text = card.render(config, name, files.describe(folder), previous, license, plot, HeadBudgets.of(folder))
     code = {f"custom_generate/{part}": (CUSTOM_GENERATE / part).read_bytes() for part in CUSTOM_GENERATE_NAMES}
     return {**code, CARD_NAME: text.encode()}
 
@@ -40,8 +41,11 @@ def contents(folder: Path, repo_id: str, previous: str | None = None, license: s
     """All that a push sends, by file name; nothing else of the folder ever leaves it."""
     config = files.read_config(folder)
     files.check_digest(folder, config)
-    plot = (folder / card.PLOT_NAME).exists()
+    budgets, plot = HeadBudgets.of(folder), (folder / card.PLOT_NAME).exists()
     names = [files.WEIGHTS_NAME, files.CONFIG_NAME, *([card.PLOT_NAME] if plot else [])]
+    if budgets is not None:
+        budgets.check_beside(config, str(folder))
+        names.append(BUDGETS_NAME)
     sent = {name: files.locate(folder, name).read_bytes() for name in names}
     return {**sent, **companions(folder, config, repo_id, previous, license, plot)}
 

@@ -7,6 +7,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from less_cache.errors import LESSError
 from less_cache.hub import catalogue, client
+from less_cache.hub.explaining import UnreachableError
 from less_cache.integration.families import fingerprint, unwrapped
 from less_cache.kernels.kernels import LESSKernels
 
@@ -40,7 +41,7 @@ def kernels_for(model: PreTrainedModel | PreTrainedConfig, token: str | bool | N
                 kernels = LESSKernels.from_pretrained(source, token=token)
             except LESSError as error:
                 reasons.append(str(error))
-                reachable = reachable and not isinstance(error, client.UnreachableError)
+                reachable = reachable and not isinstance(error, UnreachableError)
                 continue
             described = kernels.config
             if described.base_model_fingerprint == identity if identity else described.base_model == base_model:

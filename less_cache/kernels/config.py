@@ -5,6 +5,7 @@ import re
 
 from less_cache.errors import LESSError
 from less_cache.files import plain_json
+from less_cache.kernels import entries
 from less_cache.memory import MEMORIES
 from less_cache.version import __version__
 
@@ -126,10 +127,10 @@ class LESSConfig:
 
         `null` stands for a figure that is NaN or infinite. `LESSError` where `policy`, `training` or `metrics` are no JSON.
         """
-        entries = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        described = entries.stored(self)
         if self.memory == "low_rank":
-            del entries["memory"]
-        return plain_json.dump(entries, indent=2) + "\n"
+            del described["memory"]
+        return plain_json.dump(described, indent=2) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> "LESSConfig":
@@ -137,31 +138,7 @@ class LESSConfig:
 
         NaN and infinity, which older versions wrote among `metrics`, are read as None.
         """
-        try:
-            entries = plain_json.parse(text)
-        except LESSError as error:
-            raise LESSError(f"less_config.json: {error}") from error
-        if not isinstance(entries, dict):
-            raise LESSError(f"less_config.json: expected a JSON object, got {type(entries).__name__}.")
-        written_by = entries.get("less_cache_version", "an unknown version")
-        known = isinstance(written_by, str) and re.fullmatch(r"[\w.+]+", written_by)  # it goes into a command
-        upgrade = f"pip install -U 'less-cache>={written_by}'" if known else "pip install -U less-cache"
-        version = entries.get("format_version", 1)
-        if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
-            raise LESSError(
-                f"less_config.json: expected format_version 1 to {FORMAT_VERSION}, got {version!r}, "
-                f"written by less-cache {written_by}; this is {__version__}. Upgrade: {upgrade}"
-            )
-        unknown = sorted(set(entries) - {field.name for field in dataclasses.fields(cls)})
-        if unknown:
-            raise LESSError(
-                f"less_config.json: unknown keys {unknown} (written by less-cache {written_by}; this is {__version__}). "
-                f"If this is older, upgrade: {upgrade}. If the keys were added by hand, remove them."
-            )
-        try:
-            return cls(**entries)
-        except TypeError as error:
-            raise LESSError(f"less_config.json: an entry is missing: {str(error).split('__init__() ')[-1]}.") from error
+        return entries.read(cls, "less_config.json", text, FORMAT_VERSION)
 
 
 def _is_size(size: object) -> bool:

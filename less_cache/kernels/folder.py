@@ -3,8 +3,9 @@
 import hashlib
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -13,6 +14,8 @@ from safetensors.torch import save
 from less_cache.errors import LESSError
 from less_cache.files import atomic
 from less_cache.kernels.config import LESSConfig
+
+T = TypeVar("T")
 
 CONFIG_NAME = "less_config.json"
 WEIGHTS_NAME = "less_kernels.safetensors"
@@ -23,11 +26,16 @@ MOST_HEADER_BYTES = 1_000  # a tensor, in the safetensors header
 
 def read_config(folder: Path) -> LESSConfig:
     """The folder's config. `LESSError` if it is missing or wrong."""
-    path = locate(folder, CONFIG_NAME)
+    return read_json(folder, CONFIG_NAME, LESSConfig.from_json)
+
+
+def read_json(folder: Path, name: str, parse: Callable[[str], T]) -> T:
+    """What `parse` makes of a text file of the folder. `LESSError` if it is missing, too long or wrong."""
+    path = locate(folder, name)
     if path.stat().st_size > MOST_CONFIG_BYTES:
         raise LESSError(f"{path}: expected at most {MOST_CONFIG_BYTES:,} bytes of JSON, got {path.stat().st_size:,}.")
     try:
-        return LESSConfig.from_json(path.read_text(encoding="utf-8"))
+        return parse(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise LESSError(f"{path}: expected JSON in UTF-8, got: {error}") from error
     except LESSError as error:
@@ -87,8 +95,14 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def write(folder: Path, config: LESSConfig, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype = torch.float32) -> None:
-    """Write both files, weights first, stored as `dtype`; records the weights' digest in `config`."""
+def write(
+    folder: Path,
+    config: LESSConfig,
+    tensors: Mapping[str, torch.Tensor],
+    dtype: torch.dtype = torch.float32,
+    beside: Mapping[str, bytes] | None = None,
+) -> None:
+    """Write both files, weights first, stored as `dtype`, then those `beside` them; records the weights' digest in `config`."""
     if dtype not in STORED.values():
         raise LESSError(f"Expected dtype to be torch.float32, torch.float16 or torch.bfloat16, got {dtype}.")
     stored = {name: tensor.to("cpu", dtype).contiguous() for name, tensor in tensors.items()}
@@ -99,7 +113,7 @@ def write(folder: Path, config: LESSConfig, tensors: Mapping[str, torch.Tensor],
         text = config.to_json()
     except LESSError as error:
         raise LESSError(f"kernels to save: config: {error}") from error
-    atomic.replace(folder, {WEIGHTS_NAME: weights, CONFIG_NAME: text.encode()})
+    atomic.replace(folder, {WEIGHTS_NAME: weights, CONFIG_NAME: text.encode(), **(beside or {})})
 
 
 def describe(folder: Path) -> str:

@@ -17,6 +17,7 @@ from less_cache.integration.families import full_attention_layers, geometry
 from less_cache.kernels import folder as files
 from less_cache.kernels import official
 from less_cache.kernels.config import LESSConfig
+from less_cache.kernels.head_budgets import BUDGETS_NAME, HeadBudgets
 from less_cache.memory import MEMORIES, LayerCentroids
 from less_cache.policies import H2O, USUAL_BUDGET
 
@@ -36,6 +37,7 @@ class LESSKernels(nn.Module):
         super().__init__()
         self.config = config
         self.source: str | None = None  # the folder that they were loaded from; in the Hub's cache it names the commit
+        self.head_budgets: HeadBudgets | None = None  # that lie beside them
         memory = MEMORIES[config.memory]
         self.layers = nn.ModuleDict(
             {
@@ -89,7 +91,8 @@ class LESSKernels(nn.Module):
         return self.layers[key] if key in self.layers else None
 
     def save_pretrained(self, folder: str | os.PathLike, dtype: torch.dtype = torch.float32) -> None:
-        """Write `less_config.json` and `less_kernels.safetensors` into `folder`, each in one atomic step.
+        """Write `less_config.json` and `less_kernels.safetensors` into `folder`, and `head_budgets.json` where there are head
+        budgets, each in one atomic step. Without any, those that the folder holds stay, if they are of the same model.
 
         Args:
             folder: Made where it does not exist.
@@ -97,7 +100,11 @@ class LESSKernels(nn.Module):
         """
         if not self.is_trained:
             raise LESSError("Untrained kernels hold nothing to save: LESSKernels.untrained(model) makes them anywhere.")
-        files.write(expanded(folder), self.config, {name: tensor.detach() for name, tensor in self.state_dict().items()}, dtype)
+        folder, budgets = expanded(folder), self.head_budgets
+        if (beside := budgets or HeadBudgets.of(folder)) is not None:
+            beside.check_beside(self.config, str(folder))
+        tensors = {name: tensor.detach() for name, tensor in self.state_dict().items()}
+        files.write(folder, self.config, tensors, dtype, {} if budgets is None else {BUDGETS_NAME: budgets.to_json().encode()})
 
     def push_to_hub(
         self,
@@ -137,7 +144,8 @@ class LESSKernels(nn.Module):
         """Kernels from a folder or a Hub repository.
 
         Args:
-            folder_or_repo: A folder with the two files, or a Hub id; of a repository nothing but these files is read.
+            folder_or_repo: A folder with the two files, or a Hub id; of a repository nothing but these files is read, and
+                `head_budgets.json` where it has one.
             revision: Branch, tag or commit of a repository; default: main.
             token: For private and gated repositories; default: the one of `hf auth login`.
 
@@ -161,7 +169,9 @@ class LESSKernels(nn.Module):
         with torch.device("meta"):  # no allocation, no random numbers drawn from the user's generator
             kernels = cls(config)
         kernels.load_state_dict(tensors, assign=True)
-        kernels.source = str(folder)
+        kernels.source, kernels.head_budgets = str(folder), HeadBudgets.of(folder)
+        if kernels.head_budgets is not None:
+            kernels.head_budgets.check_beside(config, str(folder))
         return kernels.requires_grad_(False)
 
     @classmethod
