@@ -138,7 +138,7 @@ WITHOUT_SDPA = ("gpt_oss", "gemma2")  # sinks and soft-capping have no sdpa form
 BUILDS = [(family, base) for family in FAMILIES for base in ("eager", "sdpa") if base == "eager" or family not in WITHOUT_SDPA]
 
 
-def config(name: str) -> PreTrainedConfig:
+def config(name: str, **overrides) -> PreTrainedConfig:
     """The config of a tiny model; of every kind of layer that its default has, at least one."""
     config_class = CONFIG_MAPPING[name.split()[0]]
     fields = {field.name for field in dataclasses.fields(config_class)}
@@ -151,12 +151,12 @@ def config(name: str) -> PreTrainedConfig:
         kinds = list(dict.fromkeys(default.layer_types))
         sizes["layer_types"] = kinds * 2 if len(kinds) == 1 else kinds
         sizes["num_hidden_layers"] = len(sizes["layer_types"])
-    return config_class(**{**sizes, **peculiar})
+    return config_class(**{**sizes, **peculiar, **overrides})
 
 
-def build(name: str, attn_implementation: str = "eager", seed: int = 0) -> PreTrainedModel:
+def build(name: str, attn_implementation: str = "eager", seed: int = 0, **overrides) -> PreTrainedModel:
     """A model of an architecture or variant, ready to generate."""
     with torch.random.fork_rng(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.manual_seed(seed)
-        return AutoModelForCausalLM.from_config(config(name), attn_implementation=attn_implementation).eval()
+        return AutoModelForCausalLM.from_config(config(name, **overrides), attn_implementation=attn_implementation).eval()
