@@ -9,7 +9,7 @@ from less_cache.policies.base import EvictionPolicy, check_count
 
 PROTECTED_SHARE = 10  # one in so many kept tokens is one of the last
 MEMORY = 0.8  # share of a token's squared score that comes from the choices before
-RECALL = 0.1  # of a weight in the repetition of a prompt
+RECALL = 0.05  # of a weight in the repetition of a prompt, beside root mean squares
 FEWEST = 8  # tokens that stay whatever is spared
 
 
@@ -74,8 +74,8 @@ class AttentionMatching(EvictionPolicy):
         return ((positions == 0) & (capacity > 1)) | (positions >= seen - recent)
 
     def judge(self, weights: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
-        squares = (weights.square() * queries[:, None, None, :, None]).sum(dim=(2, 3))  # [b, g, c]
-        return (squares / (queries.sum(-1).clamp_min(1) * weights.shape[2]).view(-1, 1, 1)).sqrt()
+        squares = (weights.square() * queries[:, None, :, :, None]).sum(dim=(2, 3))  # [b, g, c]
+        return (squares / queries.sum((1, 2)).clamp_min(1).view(-1, 1, 1)).sqrt()
 
     def recall(self, scores: torch.Tensor, repeated: torch.Tensor) -> torch.Tensor:
         return (scores.square() + (RECALL * repeated).square()).sqrt()
