@@ -492,6 +492,7 @@ def test_paths_in_the_user_s_folder(model, text, tmp_path, monkeypatch):
         ("eval", "perplexity", "~/model", "--data", "~/text.txt", "--kernels", "~/kernels", "--budget", 8, *lengths, *files),
         ("eval", "perplexity", "~/model", "--data=~/text.txt", "--budget", 8, *lengths, "--known", "~/report.json"),
         ("bench", "memory", "~/model", "--kernels", "~/kernels", "--context", 8, "--output", "~/bench.json"),
+        ("profile", "~/model", "--data=~/text.txt", "--budget", 8, *lengths[:4], "--output", "~/kernels"),
         ("demo", "--model", "~/model", "--kernels", "~/kernels", "--prompt-file", "~/text.txt", "--max-new-tokens", 1),
         ("info", "~/kernels"),
         ("verify", "~/kernels", "--model", "~/model"),
