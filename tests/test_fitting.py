@@ -420,7 +420,7 @@ def test_all_bytes_keep_everything():
         ({"budget": 0}, "int >= 1"),
         ({"budget": True}, "share of a full cache's bytes"),
         ({"budget": 8, "policy": H2O(2, 2)}, "expected a budget or a policy"),
-        ({"heads": "some"}, "'equal', 'adaptive' or"),
+        ({"heads": "some"}, "'equal', 'adaptive', 'profile', HeadBudgets or"),
         ({"slots": "int3"}, "one of float, int8, int4"),
         ({"policy": AttentionMatching(8), "static": True}, "chooses in blocks"),
         ({"policy": H2O(2, 2), "heads": "adaptive", "static": True}, "shapes that no prompt changes"),
