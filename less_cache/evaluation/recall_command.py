@@ -47,7 +47,7 @@ def run(
     console.print(table(rows, count))
     texts = b"".join(needle.prompt.numpy().tobytes() for needle in hidden)
     report = {
-        "model": model_name,
+        "model": Path(model_name).absolute().name if Path(model_name).exists() else model_name,
         "data": [path.name for path in data],
         "length": length,
         "needles": count,
