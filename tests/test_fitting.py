@@ -33,7 +33,7 @@ def asked(b: int, g: int, s: int, k: int, c: int, seed: int, **attention):
     """Columns of `c` random tokens, `k` references that see them all, and the call they belong to."""
     query, key, value = tiny.random_states(b, g * s, g, max(k, c), 4, seed=seed)
     columns = Columns(key[:, :, :c], value[:, :, :c], torch.arange(c, dtype=torch.int32).expand(b, g, c))
-    references = References(query[:, :, :k], torch.ones(b, k, dtype=torch.bool), torch.zeros(b, k))
+    references = References(query[:, :, :k], torch.ones(b, s, k, dtype=torch.bool), torch.zeros(b, k))
     call = AttentionCall(query, key, value, None, None, 0.5, attention.get("softcap"), attention.get("sinks"))
     _, seen = ask(references, columns, AttentionMatching(2), call)
     return columns, seen, call
@@ -102,7 +102,7 @@ def test_a_fit_of_anything_is_finite(scale, t):
     """Equal keys, one token, logits beyond all bounds."""
     query, key, value = tiny.random_states(1, 2, 1, 8, 4)
     columns = Columns(key * 0 + scale, value, torch.arange(8, dtype=torch.int32).expand(1, 1, 8))
-    references = References(query * scale, torch.ones(1, 8, dtype=torch.bool), torch.zeros(1, 8))
+    references = References(query * scale, torch.ones(1, 2, 8, dtype=torch.bool), torch.zeros(1, 8))
     call = AttentionCall(query, key, value, None, None, 0.5, None, None)
     _, seen = ask(references, columns, AttentionMatching(2), call)
     bias, values, _ = fit(seen, first(columns, t), call)
@@ -263,7 +263,7 @@ def test_what_a_key_loses_by_its_codes_its_bias_makes_up_for():
                 break
     columns, slots = seen["columns"], layer.held.slots.columns()
     queries, there = group_heads(seen["references"].query_states, columns.keys.shape[1]), seen["references"].there
-    mean = torch.stack([queries[row, :, :, there[row]].mean((1, 2)) for row in range(2)])  # [b, g, d]
+    mean = torch.stack([queries[row, :, there[row]].mean(1) for row in range(2)])  # [b, g, d]
     before = torch.zeros(columns.positions.shape) if columns.bias is None else columns.bias.float()
     wanted = (columns.keys @ mean.unsqueeze(-1)).squeeze(-1) * seen["scaling"] + before
     got = (slots.keys @ mean.unsqueeze(-1)).squeeze(-1) * seen["scaling"] + slots.bias.float()

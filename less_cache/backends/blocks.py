@@ -22,12 +22,12 @@ def read_first(setup: Setup, held: Held, call: AttentionCall, tokens: int) -> Dr
     positions = held.rows.read(real, policy, setup.shares)  # [b, n]
     by_head = positions.unsqueeze(1).expand(b, g, n)
     held.newest = Newest.empty(call.key_states, call.value_states, setup.format.is_exact)
-    held.asked = Asked.empty(call.query_states, setup.format)
+    held.asked = Asked.empty(call.query_states, g)
     held.asked.put(call.query_states, positions)
     held.is_whole = setup.format.is_exact and call.real is None
     draft = Draft(Columns(call.key_states, call.value_states, by_head), call, real.sum(-1), tokens)
     if _is_over(setup, held, draft):
-        references = References.of_prompt(setup.rotation, call.query_states, positions, held.rows.seen)
+        references = References.of_prompt(setup.rotation, call.query_states, positions, held.rows.seen, g)
         judge(setup, held, draft, references, setup.fit)
     return draft
 
@@ -72,11 +72,12 @@ def _is_over(setup: Setup, held: Held, draft: Draft) -> bool:
 
 def _references(setup: Setup, held: Held, call: AttentionCall, positions: torch.Tensor) -> References:
     """Of a long block its own queries; else those that are held, and the last one."""
-    asked, n = held.asked, call.num_tokens
+    asked, n, g = held.asked, call.num_tokens, call.key_states.shape[1]
     if n > setup.policy.block_size:
-        return References.of_prompt(setup.rotation, call.query_states, positions, held.rows.seen)
+        return References.of_prompt(setup.rotation, call.query_states, positions, held.rows.seen, g)
     queries = torch.cat([asked.queries(), call.query_states[:, :, -1:]], dim=2)
-    at = torch.cat([asked.positions, positions[:, -1:]], dim=-1)
+    last = positions[:, None, -1:].expand(*asked.positions.shape[:2], 1)
+    at = torch.cat([asked.positions, last], dim=-1)  # [b, s, k]
     seen = held.rows.seen
     return References.turned(setup.rotation, queries, at, seen, torch.full_like(seen, at.shape[-1]), setup.policy.block_size)
 

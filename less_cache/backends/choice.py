@@ -75,7 +75,7 @@ def choose(setup: Setup, held: Held, draft: Draft) -> None:
     coding, before = _coding(setup, held, columns), held.slots
     if draft.seen is not None and bool(leaves.any()):
         columns, keep = _fitted(setup, held, draft, keep, leaves.flatten(1).any(-1), coding)
-        before = None
+        before, coding = None, coding.meeting(columns.keys, columns.values, columns.positions)
     else:
         columns.bias = _with_equal_logits(setup, draft, coding, 0 if before is None else before.longest)
     if policy.block_size is None:
@@ -103,19 +103,21 @@ def _coding(setup: Setup, held: Held, columns: Columns) -> Coding:
     there whose keys are 0.
     """
     if held.slots is not None:
-        return held.slots.coding
+        new = slice(held.slots.longest, None)
+        return held.slots.coding.meeting(columns.keys[:, :, new], columns.values[:, :, new], columns.positions[:, :, new])
     coding = setup.coding(centers=None)
     if setup.format.is_exact:
         return coding
     there = (columns.positions >= 0).unsqueeze(-1)
     keys = coding.turned_back(columns.keys, columns.positions).float()
     sums = keys.masked_fill(~there, 0).sum(2, keepdim=True)
-    return setup.coding(in_16_bits(sums / (there.sum(2, keepdim=True) + FEW)))
+    coding = setup.coding(in_16_bits(sums / (there.sum(2, keepdim=True) + FEW)))
+    return coding.meeting(columns.keys, columns.values, columns.positions)
 
 
 def _read_back(coding: Coding, keys: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """Keys `[b, g, c, d]` as slots give them."""
-    return coding.keys(coding.encode_keys(keys, positions), positions, keys.dtype)
+    return coding.with_first(coding.keys(coding.encode_keys(keys, positions), positions, keys.dtype), positions, "keys")
 
 
 def _with_equal_logits(setup: Setup, draft: Draft, coding: Coding, stored: int) -> torch.Tensor | None:
@@ -128,8 +130,8 @@ def _with_equal_logits(setup: Setup, draft: Draft, coding: Coding, stored: int) 
     keys = columns.keys[:, :, stored:]
     decoded = _read_back(coding, keys, columns.positions[:, :, stored:])
     queries = group_heads(references.query_states, keys.shape[1]).float()  # [b, g, s, k, d]
-    there = references.there[:, None, None, :, None]
-    mean = (queries * there).sum((2, 3)) / (there.sum((2, 3)) * queries.shape[2]).clamp_min(1)  # [b, g, d]
+    there = references.there[:, None, :, :, None]
+    mean = (queries * there).sum((2, 3)) / there.sum((2, 3)).clamp_min(1)  # [b, g, d]
     missing = ((keys.float() - decoded.float()) @ mean.unsqueeze(-1)).squeeze(-1) * draft.call.scaling  # [b, g, c − stored]
     missing = torch.nn.functional.pad(missing.where(draft.is_over.view(-1, 1, 1), 0), (stored, 0))
     return missing if columns.bias is None else columns.bias.float() + missing

@@ -108,7 +108,7 @@ def read_first(
             scores[..., seen_columns] = policy.observe(scores[..., seen_columns], weights, positions[:, queries])
     draft = Draft(Columns(call.key_states, call.value_states, by_head, scores), call, real.sum(-1), tokens)
     if setup.fit:
-        judge(setup, held, draft, References.of_prompt(setup.rotation, call.query_states, positions, held.rows.seen), True)
+        judge(setup, held, draft, References.of_prompt(setup.rotation, call.query_states, positions, held.rows.seen, g), True)
     return output, draft
 
 
@@ -150,7 +150,7 @@ def read_next(setup: Setup, held: Held, call: AttentionCall, tokens: int) -> tup
             columns.scores[..., seen_columns] = policy.observe(scores, weights, positions[:, queries][:, late:])
     draft = Draft(columns, call, real.sum(-1), tokens)
     if setup.fit:
-        judge(setup, held, draft, References.of_prompt(setup.rotation, call.query_states, positions, held.rows.seen), True)
+        judge(setup, held, draft, References.of_prompt(setup.rotation, call.query_states, positions, held.rows.seen, g), True)
     return torch.cat(outputs, dim=2), draft
 
 

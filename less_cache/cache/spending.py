@@ -31,9 +31,9 @@ def within(
     token = 2 * d * BITS_16
     slot = 2 * _bytes_of(format, d) + BESIDE
     newest = every / 2 * (token + 4 / geometry.num_key_value_heads)  # on average: they come one by one
-    centers = 0 if format.is_exact else d * BITS_16
-    asked = PLACES * queries * _bytes_of(format, d)
-    spared = round((newest + asked + centers + _bytes_of_state(kernels, d)) / slot)
+    beside = 0 if format.is_exact else 3 * d * BITS_16  # the mean key, and the first token
+    asked = PLACES * queries * (d / 4 + 2 + 4 / geometry.num_key_value_heads)  # two bits a number, a scale, a position
+    spared = round((newest + asked + beside + _bytes_of_state(kernels, d)) / slot)
     tokens = share * token / slot  # for each of the prompt
     return AttentionMatching(budget=tokens if tokens < 1 else MOST_TOKENS, every=every, spared=spared)
 

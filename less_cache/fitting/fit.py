@@ -37,7 +37,7 @@ def fit(
         Biases `[b, g, t]`, values `[b, g, t, w]`, and what to add to the values of the virtual tokens, `[b, g, r, w]` or None;
         float32. Where a column is empty they mean nothing.
     """
-    there = seen.references.there[:, None, None, :, None].float()  # [b, 1, 1, k, 1]
+    there = seen.references.there[:, None, :, :, None].float()  # [b, 1, s, k, 1]
     alive = kept.positions >= 0  # [b, g, t]
     logits = attention_logits(
         seen.references.query_states, kept.keys, alive.unsqueeze(2), call.scaling, call.softcap, kept.bias
@@ -48,7 +48,7 @@ def fit(
         rest = rest - (call.sinks.float().view(1, *logits.shape[1:3], 1, 1) - seen.log_sum).exp()
     if virtual is not None:
         rest = rest - (virtual[0] - seen.log_sum).exp().sum(-1, keepdim=True)
-    asked = seen.references.there.sum(-1).clamp_min(1).float().view(-1, 1, 1, 1) * logits.shape[2]  # queries, [b, 1, 1, 1]
+    asked = seen.references.there.sum((1, 2)).clamp_min(1).float().view(-1, 1, 1, 1)  # queries, [b, 1, 1, 1]
     bias = _masses(shares, (rest.clamp_min(0.05) * there).flatten(2, 4), MASS_RIDGE * asked).log()  # [b, g, t]
 
     values, output = kept.values.float(), (seen.output * there).flatten(2, 3)  # [b, g, n, w]

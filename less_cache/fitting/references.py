@@ -23,7 +23,7 @@ class References:
     """Queries as they would be asked behind the text."""
 
     query_states: torch.Tensor  # [b, h, k, d]
-    there: torch.Tensor  # [b, k] bool, which of them there are
+    there: torch.Tensor  # [b, s, k] bool, which of them there are, for the query heads of every KV head
     later: torch.Tensor  # [b, k] float32, how many tokens behind the end of the text each is asked
 
     @classmethod
@@ -36,18 +36,20 @@ class References:
         count: torch.Tensor,
         horizon: int,
     ) -> "References":
-        """The queries `[b, h, k, d]` from `positions` `[b, k]`, -1: none, turned to behind the `seen` `[b]` tokens of a row,
+        """The queries `[b, h, k, d]` from `positions` `[b, s, k]`, -1: none, turned to behind the `seen` `[b]` tokens of a row,
         where `count` `[b]` of them spread over `horizon` tokens. A rotation that is not known turns nothing.
         """
         places = torch.arange(positions.shape[-1], device=positions.device)  # those that there are come first
         later = places * (horizon / count.clamp_min(1).float()).unsqueeze(-1)  # [b, k]
         if rotation is not None:
-            by = seen.unsqueeze(-1) - positions + later
-            query_states = rotation.turn(query_states, by.unsqueeze(1))
+            by = seen.view(-1, 1, 1) - positions + later.unsqueeze(1)  # [b, s, k]
+            query_states = rotation.turn(query_states, by.repeat(1, query_states.shape[1] // by.shape[1], 1))
         return cls(query_states, positions >= 0, later)
 
     @classmethod
-    def of_prompt(cls, rotation: Any, query_states: torch.Tensor, positions: torch.Tensor, seen: torch.Tensor) -> "References":
+    def of_prompt(
+        cls, rotation: Any, query_states: torch.Tensor, positions: torch.Tensor, seen: torch.Tensor, num_key_value_heads: int
+    ) -> "References":
         """Of a prompt's queries `[b, h, n, d]` at `positions` `[b, n]`, -1: padding, at most `MOST` a row, evenly spaced."""
         real = positions >= 0
         length = real.sum(-1)  # [b]
@@ -59,6 +61,7 @@ class References:
         index = first.gather(-1, spaced.clamp_min(0))  # [b, k]
         chosen = query_states.gather(2, index[:, None, :, None].expand(-1, query_states.shape[1], -1, query_states.shape[-1]))
         at = positions.gather(-1, index).masked_fill(places >= count.unsqueeze(-1), -1)
+        at = at.unsqueeze(1).expand(-1, query_states.shape[1] // num_key_value_heads, -1)
         return cls.turned(rotation, chosen, at, seen, count, HORIZON)
 
 

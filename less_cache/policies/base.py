@@ -74,7 +74,7 @@ class EvictionPolicy(abc.ABC):
     def judge(self, weights: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
         """Scores at a choice, `[b, g, c]`, of a policy that asks for reference queries.
 
-        `weights`: `[b, g, s, n, c]`, the softmax over all columns; `queries`: which of the n there are, bool `[b, n]`.
+        `weights`: `[b, g, s, n, c]`, the softmax over all columns; `queries`: which of the n there are, bool `[b, s, n]`.
         """
         raise NotImplementedError(f"{type(self).__name__} does not ask for reference queries.")
 

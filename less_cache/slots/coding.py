@@ -1,6 +1,6 @@
 """How one layer's keys and values become what is stored, and back.
 
-Axes: `b` rows, `g` KV heads, `c` slots, `d` head dim, `w` width of values.
+Axes: `b` rows, `g` KV heads, `c` columns, `d` head dim, `w` width of values.
 """
 
 import dataclasses
@@ -9,7 +9,10 @@ from typing import Any
 
 import torch
 
+from less_cache.memory.state import in_16_bits
 from less_cache.slots.formats import SlotFormat, stored_name
+
+OF_CODING = ("centers", "first_keys", "first_values")  # its tensors, [b, g, 1, *]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,15 +23,21 @@ class Coding:
     and what is left has few outliers. So a quantised key is turned back and stored less its head's mean, which leaves a
     fraction of the error.
 
+    Half of all attention may go to the first token, whose key is like no other: beside codes it lies in 16 bits.
+
     Args:
         format: Of the numbers.
         centers: Mean keys, `[b, g, 1, d]` or whatever broadcasts to the keys; None: 0.
         rotation: How keys turn with their position; None: not known, or keys are stored as they are.
+        first_keys: Of the tokens at position 0, `[b, g, 1, d]` float16; None: they lie in the format alone.
+        first_values: As `first_keys`, `[b, g, 1, w]`.
     """
 
     format: SlotFormat
     centers: torch.Tensor | None = None
     rotation: Any = None
+    first_keys: torch.Tensor | None = None
+    first_values: torch.Tensor | None = None
 
     @property
     def turns_keys(self) -> bool:
@@ -58,6 +67,28 @@ class Coding:
         """The values `[..., w]`, as near as the format allows."""
         return self._decoded(stored, "values", dtype)
 
+    def meeting(self, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor) -> "Coding":
+        """The same with the first token of each row that is among these: keys `[b, g, c, d]` at `positions` `[b, g, c]`."""
+        if self.format.is_exact:
+            return self
+        is_first = positions == 0
+        there, at = is_first.any(-1)[..., None, None], is_first.int().argmax(-1)[..., None, None]
+        first = {"first_keys": keys, "first_values": values}
+        for name, states in first.items():
+            met, before = in_16_bits(states.gather(2, at.expand(-1, -1, 1, states.shape[-1]))), getattr(self, name)
+            first[name] = met.where(there, 0 if before is None else before)
+        return dataclasses.replace(self, **first)
+
+    def with_first(self, states: torch.Tensor, positions: torch.Tensor, of: str) -> torch.Tensor:
+        """Decoded keys or values `[b, g, c, *]`, the first token's as they came; `of`: `keys` or `values`."""
+        first = self.first_keys if of == "keys" else self.first_values
+        return states if first is None else torch.where((positions == 0).unsqueeze(-1), first.to(states.dtype), states)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All tensors by name."""
+        tensors = {name: getattr(self, name) for name in OF_CODING}
+        return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+
     def turned_back(self, keys: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Keys `[..., d]` as the model would have computed them at position 0, where that is known."""
         return keys if self.rotation is None else self.rotation.turn(keys.float(), -positions)
@@ -65,11 +96,11 @@ class Coding:
     def on(self, device: torch.device) -> "Coding":
         """The same on `device`."""
         rotation = None if self.rotation is None else self.rotation.to(device)
-        return dataclasses.replace(self.map(lambda name, centers: centers.to(device)), rotation=rotation)
+        return dataclasses.replace(self.map(lambda name, tensor: tensor.to(device)), rotation=rotation)
 
     def map(self, change: Callable[[str, torch.Tensor], torch.Tensor]) -> "Coding":
-        """The same with its tensor changed, by its name."""
-        return self if self.centers is None else dataclasses.replace(self, centers=change("centers", self.centers))
+        """The same with every tensor changed, by its name."""
+        return dataclasses.replace(self, **{name: change(name, tensor) for name, tensor in self.tensors().items()})
 
     def _decoded(self, stored: Mapping[str, torch.Tensor], of: str, dtype: torch.dtype) -> torch.Tensor:
         parts = {part: stored[stored_name(of, part)] for part in self.format.parts}

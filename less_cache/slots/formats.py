@@ -122,6 +122,30 @@ class Int4Slots(QuantizedSlots):
         return torch.cat([packed & 15, packed >> 4], dim=-1)
 
 
+class QueryCodes:
+    """Two bits a number, for queries that need not be exact: as `QuantizedSlots`, the levels those of a normal distribution, a
+    query's scale its root mean square. Byte i has numbers i, i + d/4, i + d/2, i + 3d/4.
+    """
+
+    levels = torch.tensor([-1.5104, -0.4528, 0.4528, 1.5104], dtype=torch.float32)
+
+    @classmethod
+    def encode(cls, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Codes `[..., d/4]` and scales `[..., 1]` of states `[..., d]`."""
+        rotated = _rotated(states.float())
+        scales = in_16_bits(rotated.square().mean(-1, keepdim=True).sqrt())
+        middles = (cls.levels[1:] + cls.levels[:-1]) / 2
+        codes = torch.bucketize(rotated / scales.float().where(scales != 0, 1), middles.to(states.device)).to(torch.uint8)
+        first, second, third, fourth = pad(codes, (0, -codes.shape[-1] % 4)).chunk(4, dim=-1)
+        return first | (second << 2) | (third << 4) | (fourth << 6), scales
+
+    @classmethod
+    def decode(cls, codes: torch.Tensor, scales: torch.Tensor, head_dim: int, dtype: torch.dtype) -> torch.Tensor:
+        """The states `[..., head_dim]` that `encode` took, as near as two bits allow."""
+        numbers = torch.cat([(codes >> shift) & 3 for shift in (0, 2, 4, 6)], dim=-1)[..., :head_dim]
+        return _rotated(cls.levels.to(codes.device)[numbers.int()] * scales.float()).to(dtype)
+
+
 def _rotated(states: torch.Tensor) -> torch.Tensor:
     """Times the Hadamard matrices; twice is once forth and back."""
     d = states.shape[-1]

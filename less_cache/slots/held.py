@@ -104,8 +104,9 @@ class Held:
         held = cls(rows, slots, _map_state(empty.state, lambda name, _: tensors[name]))
         if setup.policy.block_size is not None:
             held.newest = Newest.from_tensors(tensors)
-            held.asked = Asked.from_tensors(tensors, setup.format, dtype)
-            positions = held.columns().positions
+            columns = held.columns()
+            held.asked = Asked.from_tensors(tensors, columns.keys.shape[-1], dtype)
+            positions = columns.positions
             all_there = bool((positions >= 0).all()) and bool((rows.seen == positions.shape[-1]).all())
             held.is_whole = setup.format.is_exact and all_there
         return held

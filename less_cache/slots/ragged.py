@@ -23,3 +23,11 @@ def index_in_padded(sizes: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
     """Where every slot of all heads would be, were all heads as long as the longest: `[N]`."""
     heads, slots = heads_and_slots(sizes, starts)
     return heads * int(sizes.max()) + slots
+
+
+def padded(tensor: torch.Tensor, sizes: torch.Tensor, starts: torch.Tensor, fill: int) -> torch.Tensor:
+    """What lies in slots `[N, *]`, as if all heads were as long as the longest: `[b, g, c, *]`, `fill` beyond a head's last."""
+    slot = torch.arange(int(sizes.max()), device=tensor.device)
+    there = (slot < starts.diff().unsqueeze(-1)).view(*sizes.shape, -1, *[1] * (tensor.dim() - 1))
+    at = (starts[:-1, None] + slot).clamp_max(tensor.shape[0] - 1)
+    return tensor[at].unflatten(0, sizes.shape).masked_fill(~there, fill)

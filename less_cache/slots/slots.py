@@ -11,7 +11,7 @@ import torch
 from less_cache.errors import LESSError
 from less_cache.policies import EvictionPolicy
 from less_cache.slots import ragged
-from less_cache.slots.coding import Coding
+from less_cache.slots.coding import OF_CODING, Coding
 from less_cache.slots.columns import Columns
 
 SPARE_SLOTS = 64  # free slots of a head that may still grow
@@ -134,7 +134,9 @@ class Slots:
     ) -> "Slots":
         """The slots that `tensors` gave these of; `b`: rows, `capacity` as in `keep`, of the `coding` all but the centers."""
         starts = tensors.get("starts")
-        coding = dataclasses.replace(coding, centers=tensors.get("centers"))
+        coding = (
+            coding if coding.format.is_exact else dataclasses.replace(coding, **{name: tensors[name] for name in OF_CODING})
+        )
         stored = {name: tensors[name] for name in coding.format.names()}
         sizes = None if starts is None else starts.diff().view(b, -1).cpu()
         slots = cls(coding, dtype, stored, tensors["positions"], tensors["scores"], tensors.get("bias"), starts, sizes, room=0)
@@ -158,8 +160,8 @@ class Slots:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """All tensors by name."""
-        beside = {name: getattr(self, name) for name in OF_SLOTS} | {"centers": self.coding.centers}
-        return self.stored | {name: tensor for name, tensor in beside.items() if tensor is not None}
+        beside = {name: getattr(self, name) for name in OF_SLOTS if getattr(self, name) is not None}
+        return self.stored | self.coding.tensors() | beside
 
     @property
     def host_bytes(self) -> int:
@@ -174,12 +176,14 @@ class Slots:
     @property
     def keys(self) -> torch.Tensor:
         """`[b, g, c, d]`; beyond a head's last slot they mean nothing."""
-        return self._padded(self._coding().keys(self.stored, self.positions, self.dtype), 0)
+        decoded = self._padded(self._coding().keys(self.stored, self.positions, self.dtype), 0)
+        return self.coding.with_first(decoded, self._padded(self.positions, -1), "keys")
 
     @property
     def values(self) -> torch.Tensor:
         """`[b, g, c, w]`; 0 beyond a head's last slot."""
-        return self._padded(self.coding.values(self.stored, self.dtype), 0)
+        decoded = self._padded(self.coding.values(self.stored, self.dtype), 0)
+        return self.coding.with_first(decoded, self._padded(self.positions, -1), "values")
 
     def scores_by_column(self) -> torch.Tensor:
         """The scores alone of `columns`, `[b, g, c]`."""
@@ -202,7 +206,8 @@ class Slots:
         at = slots.unsqueeze(-1) if self.starts is None else self._at(slots).clamp_max(self.positions.shape[0] - 1)
         gathered = {name: self._gather(tensor, at) for name, tensor in self.stored.items()}
         positions = self.positions.gather(-1, slots) if self.starts is None else self.positions[at]
-        return self.coding.keys(gathered, positions, self.dtype), self.coding.values(gathered, self.dtype)
+        keys, values = self.coding.keys(gathered, positions, self.dtype), self.coding.values(gathered, self.dtype)
+        return self.coding.with_first(keys, positions, "keys"), self.coding.with_first(values, positions, "values")
 
     # Changing them, in place
 
@@ -219,6 +224,8 @@ class Slots:
         self._scatter(self.scores, slots, scores)
         if self.bias is not None:
             self._scatter(self.bias, slots, torch.zeros_like(scores))
+        for name, tensor in self.coding.meeting(key_states, value_states, positions).tensors().items():
+            self.coding.tensors()[name].copy_(tensor)  # in place, for shapes and addresses that never change
         for name, tensor in self.coding.encode(key_states, value_states, positions).items():
             self._write(self.stored[name], slots, tensor)
         return slots
@@ -242,6 +249,7 @@ class Slots:
         at = columns.positions.clamp_min(0).long().view(b, g * c)
         positions = moved.gather(-1, at).view(b, g, c).masked_fill(columns.positions < 0, -1)
         self.positions.copy_(self._flat(positions))
+        self.coding = self.coding.meeting(columns.keys, columns.values, positions)
         if self.coding.turns_keys:  # they stay as they are, wherever they count from now on
             keys, values = self._flat(columns.keys), self._flat(columns.values)
             for name, tensor in self._coding().encode(keys, values, self.positions).items():
@@ -276,7 +284,7 @@ class Slots:
         first = self.starts[:-1].view(self.own_sizes.shape)[indices.to(starts.device)].flatten()  # of each chosen head
         head, slot = ragged.heads_and_slots(sizes, starts)
         at = first[head] + slot
-        own = dataclasses.replace(self, coding=dataclasses.replace(self.coding, centers=None), starts=None)
+        own = dataclasses.replace(self, coding=Coding(self.coding.format), starts=None)
         selected = own.map(lambda name, slots: slots[at.to(slots.device)])
         coding = self.coding.map(lambda name, rows: rows[indices.to(rows.device)])
         return dataclasses.replace(selected, coding=coding, starts=starts, own_sizes=sizes)
@@ -287,17 +295,12 @@ class Slots:
         """The coding of all slots as they lie: where heads differ in size, with centers for each slot."""
         if self.starts is None or self.coding.centers is None:
             return self.coding
-        heads = torch.arange(self.starts.numel() - 1, device=self.starts.device).repeat_interleave(self.starts.diff())
+        heads, _ = ragged.heads_and_slots(self.own_sizes, self.starts)
         return dataclasses.replace(self.coding, centers=self.coding.centers.flatten(0, 2)[heads])
 
     def _padded(self, tensor: torch.Tensor, fill: int) -> torch.Tensor:
         """`[N, *]` as `[b, g, c, *]`, `fill` beyond a head's last slot; `[b, g, c, *]` as it is."""
-        if self.own_sizes is None:
-            return tensor
-        slot = torch.arange(int(self.own_sizes.max()), device=tensor.device)
-        there = (slot < self.starts.diff().unsqueeze(-1)).view(*self.own_sizes.shape, -1, *[1] * (tensor.dim() - 1))
-        at = (self.starts[:-1, None] + slot).clamp_max(tensor.shape[0] - 1)
-        return tensor[at].unflatten(0, self.own_sizes.shape).masked_fill(~there, fill)
+        return tensor if self.own_sizes is None else ragged.padded(tensor, self.own_sizes, self.starts, fill)
 
     def _flat(self, columns: torch.Tensor) -> torch.Tensor:
         """`[b, g, c, *]` as the slots lie."""

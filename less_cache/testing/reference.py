@@ -4,6 +4,7 @@ Axes: `b` batch, `h` query heads, `g` KV heads, `s` = h / g, `n` queries of one 
 `r` rank, `f` token counts of the policy.
 """
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from less_cache.memory.base import TrainedMemory
 from less_cache.ops.attention import group_heads
 from less_cache.policies import EvictionPolicy
 from less_cache.slots import asked
+from less_cache.slots.formats import QueryCodes
 from less_cache.slots.rows import counts_by_head
 
 
@@ -113,13 +115,16 @@ def reference_attention(
         return weights, sparse, weights.sum(-1, keepdim=True) + sink_mass
 
     def asked_before(stop: int) -> torch.Tensor:
-        """The tokens whose queries a layer holds after `stop` tokens, by place, -1: none; then the last one: `[b, k]`."""
-        places = torch.full((b, asked.PLACES + 1), -1)
+        """The tokens whose queries a layer holds after `stop` tokens, by query head of a KV head and place, -1: none; then the
+        last one: `[b, s, k]`.
+        """
+        s = query_states.shape[1] // g
+        places = torch.full((b, s, asked.PLACES + 1), -1)
         for row, position in enumerate(row_positions[:, :stop].tolist()):
-            for column in range(stop):
-                if position[column] >= 0 and position[column] % asked.STRIDE == 0:
-                    places[row, position[column] // asked.STRIDE % asked.PLACES] = column
-        places[:, -1] = stop - 1
+            for column, turn in itertools.product(range(stop), range(s)):
+                if position[column] >= 0 and position[column] % asked.STRIDE == turn * asked.STRIDE // s:
+                    places[row, turn, position[column] // asked.STRIDE % asked.PLACES] = column
+        places[..., -1] = stop - 1
         return places
 
     scores = policy.arrival(positions)
@@ -148,13 +153,15 @@ def reference_attention(
         else:
             if policy.asks_references:
                 if every is None or start == 0 or n > every:
-                    asks = References.of_prompt(rotation, query_states[:, :, rows], row_positions[:, rows], seen)
+                    asks = References.of_prompt(rotation, query_states[:, :, rows], row_positions[:, rows], seen, g)
                 else:
-                    chosen = asked_before(stop)
-                    at = row_positions.gather(-1, chosen.clamp_min(0)).masked_fill(chosen < 0, -1)
-                    queries = query_states.gather(
-                        2, chosen.clamp_min(0)[:, None, :, None].expand(-1, query_states.shape[1], -1, d)
-                    )
+                    chosen = asked_before(stop)  # [b, s, k]
+                    at = row_positions.unsqueeze(1).expand(-1, chosen.shape[1], -1).gather(-1, chosen.clamp_min(0))
+                    at = at.masked_fill(chosen < 0, -1)
+                    index = chosen.clamp_min(0).repeat(1, g, 1).unsqueeze(-1).expand(-1, -1, -1, d)  # [b, h, k, d]
+                    queries = query_states.gather(2, index)
+                    coded = QueryCodes.decode(*QueryCodes.encode(queries[:, :, :-1]), d, queries.dtype)
+                    queries = torch.cat([coded, queries[:, :, -1:]], dim=2)
                     asks = References.turned(rotation, queries, at, seen, torch.full_like(seen, asked.PLACES + 1), every)
                 sees = present.unsqueeze(2).expand(b, g, asks.query_states.shape[2], T)
                 _, sparse, _ = weigh(asks.query_states, seen.unsqueeze(-1) + asks.later, sees, evicted)
