@@ -63,7 +63,7 @@ def prompt(text) -> torch.Tensor:
 def less(model):
     """Factory of caches that share their kernels."""
     kernels = LESSKernels.from_pretrained(KERNELS)
-    return lambda policy=SMALL, **options: LESSCache(model, policy, kernels, **options)
+    return lambda policy=SMALL, **options: LESSCache(model, policy, kernels, heads="equal", **options)
 
 
 @torch.no_grad()

@@ -64,7 +64,7 @@ class Contest:
         if name == "static":
             return StaticCache(config=config, max_cache_len=context + more)
         kernels = None if name.startswith("policy") else self.kernels
-        return LESSCache(config, policy=self.policy(context), kernels=kernels, static=name.endswith("_static"))
+        return LESSCache(config, policy=self.policy(context), kernels=kernels, static=name.endswith("_static"), heads="equal")
 
     def policy(self, context: int) -> EvictionPolicy:
         """The policy with the budget at a context, in tokens."""

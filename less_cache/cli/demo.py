@@ -82,7 +82,7 @@ def run(
     contenders = {"full cache": DynamicCache(config=model.config), f"{policy_name} alone": LESSCache(model, policy)}
     if kernels is not None:
         contenders[f"{policy_name}, equal bytes"] = LESSCache(model, with_state_bytes(policy, kernels, model.dtype.itemsize))
-        contenders[f"{state_name.removeprefix('the ')} on {policy_name}"] = LESSCache(model, policy, kernels)
+        contenders[f"{state_name.removeprefix('the ')} on {policy_name}"] = LESSCache(model, policy, kernels, heads="equal")
     rows = [measure(console, model, tokenizer, tokens, name, cache, max_new_tokens) for name, cache in contenders.items()]
     console.print(table(rows))
     if kernels is not None:

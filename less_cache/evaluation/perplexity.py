@@ -90,7 +90,7 @@ def measure(
         return Measurement(name, description, *perplexity(model, tokens, make, prompt_length, batch_size, advance))
 
     def less(used: EvictionPolicy, state: LESSKernels | None) -> Callable[[], Cache]:
-        return lambda: LESSCache(model.config, policy=used, kernels=state)
+        return lambda: LESSCache(model.config, policy=used, kernels=state, heads="equal")
 
     untrained = LESSKernels.untrained(model)
     rows = [
