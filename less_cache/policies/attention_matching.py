@@ -9,7 +9,7 @@ from less_cache.policies.base import EvictionPolicy, check_count
 
 PROTECTED_SHARE = 10  # one in so many kept tokens is one of the last
 MEMORY = 0.8  # share of a token's squared score that comes from the choices before
-RECALL = 0.05  # of a weight in the repetition of a prompt, beside root mean squares
+RECALL = 0.1  # of a weight in the repetition of a prompt, beside root mean squares
 FEWEST = 8  # tokens that stay whatever is spared
 
 
