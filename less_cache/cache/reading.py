@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from less_cache.backends import Draft
 from less_cache.cache.allotment import Allotment
 from less_cache.cache.layer import LESSLayer
-from less_cache.cache.repeating import RepeatingLayer, forward, repeated
+from less_cache.cache.repeating import RepeatingLayer, forward, repeat
 from less_cache.errors import LESSError
 from less_cache.ops.precision import no_autocast
 
@@ -41,7 +41,7 @@ def read(
             again: list[Any] = list(cache.layers)
             for layer, draft in zip(layers, drafts, strict=True):
                 again[layer.layer_idx] = RepeatingLayer(layer.layer_idx, draft, input_ids.shape[1])
-            repeated(model, again, input_ids, mask, chunk_size)
+            repeat(model, again, input_ids, mask, chunk_size)
             for layer, draft in zip(layers, drafts, strict=True):
                 draft.columns.scores = cache.policy.recall(draft.columns.scores, again[layer.layer_idx].scores)
         with no_autocast(input_ids.device.type):

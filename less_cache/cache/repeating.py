@@ -94,7 +94,7 @@ class RepeatingLayer(CacheLayerMixin):
         return output.transpose(1, 2).contiguous(), None
 
 
-def repeated(
+def repeat(
     model: PreTrainedModel,
     layers: Sequence[Any],
     input_ids: torch.Tensor,
