@@ -19,7 +19,7 @@ from transformers import Cache, DynamicCache
 from less_cache import LESSCache, LESSKernels, models
 from less_cache.bench.command import without_folder
 from less_cache.cli.options import parse_budget
-from less_cache.evaluation.perplexity import perplexity, stretches
+from less_cache.evaluation.perplexity import scored, stretches
 from less_cache.kernels.folder import WEIGHTS_NAME
 from less_cache.policies import policy_class
 from less_cache.reports import outputs
@@ -55,7 +55,7 @@ def main(
             return DynamicCache(config=model.config) if cache == "full" else LESSCache(model.config, policy, state)
 
         print(cache, flush=True)
-        return [math.log(perplexity(model, batch, make, prompt_length, batch_size, lambda: None)[0]) for batch in batches]
+        return [scored(model, batch, make(), prompt_length)[1].losses.mean().item() for batch in batches]
 
     def mean(nats: list[float]) -> float:
         return sum(each * len(batch) for each, batch in zip(nats, batches, strict=True)) / sequences

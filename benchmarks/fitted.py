@@ -9,7 +9,6 @@ the bytes held: mean over the decoded tokens, as a share of a 16-bit full cache 
 16-bit tokens, its kernels' state comes on top of them. Prints a table, and one JSON line last.
 """
 
-import dataclasses
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import Cache, DynamicCache
 
-from less_cache import H2O, AttentionMatching, LESSCache, LESSKernels, models
+from less_cache import H2O, LESSCache, LESSKernels, models
 from less_cache.bench.command import without_folder
 from less_cache.cache import spending
 from less_cache.evaluation.perplexity import cache_bytes, stretches
@@ -63,7 +62,7 @@ def main(
                 caches[each, "LESS on H2O"] = (lambda h2o=h2o: LESSCache(model, h2o, trained)), 1
             for name, state in {"fitted": LESSKernels.untrained(model), "fitted, trained state": trained}.items():
                 if state is not None:
-                    fitted = _of_tokens(spending.within(each, sizes, format, state, every), length)
+                    fitted = spending.worth(tokens, sizes, format, state, every)
                     options = {"policy": fitted, "kernels": state, "heads": "adaptive", "slots": slots}
                     caches[each, name] = (lambda options=options: LESSCache(model, **options)), every
         measured = measure(model, texts, prompt_length, caches, batch_size, console)
@@ -92,12 +91,6 @@ def main(
         "results": rows,
     }
     outputs.finish(report, output)
-
-
-def _of_tokens(policy: AttentionMatching, length: int) -> AttentionMatching:
-    """The policy with the budget that it has after a prompt of `length` tokens: the size is that of the whole sequence."""
-    budget = policy.budget if isinstance(policy.budget, int) else max(1, round(policy.budget * length) - policy.spared)
-    return dataclasses.replace(policy, budget=budget, spared=0)
 
 
 def measure(

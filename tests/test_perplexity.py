@@ -38,8 +38,32 @@ def test_fractions_have_no_bytes_yet():
         with_state_bytes(H2O(0.1, 0.1), tiny.tiny_kernels(tiny.tiny_llama()), 4)
 
 
+@torch.no_grad()
+def test_every_cache_is_measured_against_the_full_one():
+    """One that keeps all tokens does not differ from it, and fitted ones hold the bytes of the policy's tokens."""
+    llama = tiny.tiny_llama(hidden_size=64, head_dim=16)
+    tokens = torch.randint(2, tiny.VOCAB, (3, 120), generator=torch.Generator().manual_seed(0))
+    kernels = tiny.tiny_kernels(llama)
+    rows = perplexity.measure(llama, tokens, H2O(60, 60), kernels, prompt_length=80, batch_size=2)
+    assert [row.cache for row in rows] == [
+        "full",
+        "policy",
+        *["baseline+"] * 2,
+        "untrained",
+        "less",
+        "fitted",
+        "fitted, trained",
+    ]
+    assert rows[0].divergence == 0 and all(row.divergence < 1e-5 for row in rows[1:6])
+    token = 2 * 2 * 16 * 2 * 2  # bytes: keys and values of a head in 16 bits, two KV heads, two layers
+    assert rows[0].bytes == pytest.approx(2 * token * (80 + 119) / 2)  # in 32 bits
+    for row in perplexity.measure(llama, tokens, H2O(20, 20), kernels, prompt_length=80, batch_size=2)[-2:]:
+        assert 0 < row.divergence == pytest.approx(sum(row.quarters) / 4, rel=0.05)
+        assert 0.9 * 40 * token < row.bytes < 1.15 * 40 * token
+
+
 def test_a_report_spares_what_it_has_measured(model, text, tmp_path, monkeypatch):  # noqa: F811
-    """The same report as without it, by one measurement instead of six, which says where the others were made, also where
+    """The same report as without it, by three measurements instead of eight, which says where the others were made, also where
     they come from a report that had them from another; another protocol is refused.
     """
     tiny.tiny_kernels(tiny.tiny_llama()).save_pretrained(tmp_path / "kernels")
@@ -50,12 +74,12 @@ def test_a_report_spares_what_it_has_measured(model, text, tmp_path, monkeypatch
     (tmp_path / "before.json").write_text(json.dumps({**before, "commit": "the first"}))
     words += ["--kernels", tmp_path / "kernels"]
     anew = json.loads(run(*words).stdout.splitlines()[-1])
-    calls, measured = [], perplexity.perplexity
-    monkeypatch.setattr(perplexity, "perplexity", lambda *given: calls.append(given) or measured(*given))
+    calls, measured = [], perplexity.scored
+    monkeypatch.setattr(perplexity, "scored", lambda *given: calls.append(type(given[2]).__name__) or measured(*given))
     spared = json.loads(run(*words, "--known", tmp_path / "before.json").stdout.splitlines()[-1])
     origin = {"commit": "the first", **{name: anew[name] for name in ("machine", "versions")}}
-    *others, less = anew["results"][0]
-    assert spared == {**anew, "results": [[{**row, "origin": origin} for row in others] + [less]]} and len(calls) == 1
+    rows = [row if row["cache"] in perplexity.WITH_KERNELS else {**row, "origin": origin} for row in anew["results"][0]]
+    assert spared == {**anew, "results": [rows]} and calls == ["DynamicCache", "LESSCache", "LESSCache"]
     assert all(row["origin"] is None for row in anew["results"][0])
     (tmp_path / "between.json").write_text(json.dumps(spared))
     assert json.loads(run(*words, "--known", tmp_path / "between.json").stdout.splitlines()[-1]) == spared

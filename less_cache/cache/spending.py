@@ -27,15 +27,32 @@ def within(
             "LESSCache: expected budget to be an int (tokens) or a float in (0, 1] (share of a full cache's bytes), "
             f"got {share!r}."
         )
+    slot, spared = _costs(geometry, format, kernels, every)
+    tokens = share * _token(geometry) / slot  # for each of the prompt
+    return AttentionMatching(budget=tokens if tokens < 1 else MOST_TOKENS, every=every, spared=spared)
+
+
+def worth(
+    tokens: int, geometry: Geometry, format: SlotFormat, kernels: LESSKernels | None, every: int = 32
+) -> AttentionMatching:
+    """Attention matching that holds the bytes of so many tokens in 16 bits, a head."""
+    slot, spared = _costs(geometry, format, kernels, every)
+    return AttentionMatching(budget=max(1, round(tokens * _token(geometry) / slot) - spared), every=every)
+
+
+def _token(geometry: Geometry) -> int:
+    """Bytes of a key and a value of 16 bits a number."""
+    return 2 * geometry.head_dim * BITS_16
+
+
+def _costs(geometry: Geometry, format: SlotFormat, kernels: LESSKernels | None, every: int) -> tuple[float, int]:
+    """Bytes of a slot, and how many slots take the bytes of all that a head holds beside its slots."""
     d, queries = geometry.head_dim, geometry.num_attention_heads // geometry.num_key_value_heads
-    token = 2 * d * BITS_16
     slot = 2 * _bytes_of(format, d) + BESIDE
-    newest = every / 2 * (token + 4 / geometry.num_key_value_heads)  # on average: they come one by one
+    newest = every / 2 * (_token(geometry) + 4 / geometry.num_key_value_heads)  # on average: they come one by one
     beside = 0 if format.is_exact else 3 * d * BITS_16  # the mean key, and the first token
     asked = PLACES * queries * (d / 4 + 2 + 4 / geometry.num_key_value_heads)  # two bits a number, a scale, a position
-    spared = round((newest + asked + beside + _bytes_of_state(kernels, d)) / slot)
-    tokens = share * token / slot  # for each of the prompt
-    return AttentionMatching(budget=tokens if tokens < 1 else MOST_TOKENS, every=every, spared=spared)
+    return slot, round((newest + asked + beside + _bytes_of_state(kernels, d)) / slot)
 
 
 def _bytes_of_state(kernels: LESSKernels | None, d: int) -> float:

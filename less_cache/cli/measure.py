@@ -49,7 +49,11 @@ def perplexity(
         Path | None, typer.Option(parser=parse_path, metavar="FILE", help="Draw perplexity over bytes, such as perplexity.png.")
     ] = None,
 ) -> None:
-    """Perplexity of text decoded token by token: full cache, policy, policy with the state's bytes, untrained state, LESS."""
+    """Perplexity of text decoded token by token, and divergence from the full cache.
+
+    Of the full cache, the policy, the policy with the state's bytes, the untrained state, LESS, and fitted caches in the bytes
+    of the policy's tokens in 16 bits.
+    """
     from less_cache.evaluation.command import run
 
     sizes = [parse_budget(budget) for budget in budgets]

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from less_cache import models
 from less_cache.errors import LESSError
-from less_cache.evaluation.perplexity import Measurement, growing, measure, stretches
+from less_cache.evaluation.perplexity import Measurement, list_contenders, measure, stretches
 from less_cache.evaluation.plot import draw
 from less_cache.integration.families import fingerprint
 from less_cache.kernels.kernels import LESSKernels
@@ -67,8 +67,7 @@ def run(
     results: list[list[dict]] = []
     for policy in policies:
         with Progress(console=console, transient=True) as progress:
-            caches = 3 + len(growing(policy)) + (kernels is not None)
-            task = progress.add_task(str(policy), total=caches * batches)
+            task = progress.add_task(str(policy), total=len(list_contenders(model, policy, kernels)) * batches)
             advance = functools.partial(progress.advance, task)
             rows = measure(model, tokens, policy, kernels, prompt_length, batch_size, advance, measured)
         measured += rows
@@ -101,7 +100,7 @@ def table(title: str, rows: list[Measurement]) -> Table:
     """One policy's measurements."""
     result = Table(title=title, box=box.SIMPLE_HEAD)
     result.add_column("cache")
-    for name in ("tokens kept", "bytes", "perplexity", "gap recovered"):
+    for name in ("tokens kept", "bytes", "perplexity", "gap recovered", "divergence"):
         result.add_column(name, justify="right")
     for row in rows:
         recovered = "" if row.gap_recovered is None else f"{row.gap_recovered:.0%}"
@@ -109,5 +108,6 @@ def table(title: str, rows: list[Measurement]) -> Table:
         if name == "baseline+" and row.policy is not None:
             name += f" ({', '.join(str(count) for count in list(row.policy.values())[1:])})"
         kept = "" if row.tokens is None else f"{row.tokens:.0f}"
-        result.add_row(name, kept, f"{row.bytes:,.0f}", f"{row.perplexity:.2f}", recovered)
+        divergence = "" if row.divergence is None else f"{row.divergence:.3f}"
+        result.add_row(name, kept, f"{row.bytes:,.0f}", f"{row.perplexity:.2f}", recovered, divergence)
     return result

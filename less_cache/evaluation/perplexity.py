@@ -1,4 +1,4 @@
-"""Perplexity of fixed text, decoded token by token through the real cache.
+"""Perplexity of fixed text, and how far a cache is from the full one, decoded through the real cache.
 
 Axes: `b` sequences at once, `p` prompt tokens, `n` decoded tokens.
 """
@@ -9,14 +9,18 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
-from torch.nn.functional import cross_entropy
 from transformers import Cache, DynamicCache, PreTrainedModel
 
+from less_cache.cache import spending
 from less_cache.cache.cache import LESSCache
 from less_cache.cache.layer import LESSLayer
 from less_cache.errors import LESSError
+from less_cache.integration.families import geometry
 from less_cache.kernels.kernels import LESSKernels
 from less_cache.policies import EvictionPolicy
+from less_cache.slots import format_of
+
+SLOTS, EVERY = "int4", 16  # of fitted caches
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,12 +29,16 @@ class Measurement:
 
     Args:
         cache: `full`, `policy`, `baseline+` (the policy with the state's bytes as more tokens), `untrained` (the policy with
-            `LESSKernels.untrained`) or `less`.
+            `LESSKernels.untrained`), `less`, `fitted` (a cache that is fitted without training, in the bytes of the policy's
+            tokens in 16 bits) or `fitted, trained` (the same with the kernels as its state).
         policy: The policy's JSON form; None for the full cache.
         perplexity: exp of the mean negative log-likelihood of the decoded tokens, nats.
-        bytes: Held by the cache after the last token, mean over sequences.
+        bytes: Held by the cache for a sequence, mean over the decoded tokens and sequences.
         tokens: Kept by a KV head after the last token, mean over KV heads, layers and sequences; None: not measured.
         gap_recovered: (policy − this) / (policy − full), in perplexity; None where it says nothing.
+        divergence: Of the next token's distribution from the full cache's, KL(full ‖ this) in nats, mean over the decoded
+            tokens.
+        quarters: The divergence of each quarter of the decoded tokens.
         origin: Machine, versions and commit of a measurement that was taken from an earlier report; None: measured with
             the others.
     """
@@ -41,6 +49,8 @@ class Measurement:
     bytes: float
     tokens: float | None = None
     gap_recovered: float | None = None
+    divergence: float | None = None
+    quarters: list[float] | None = None
     origin: dict | None = None
 
 
@@ -75,39 +85,65 @@ def measure(
 ) -> list[Measurement]:
     """Every cache at the policy's size on `tokens` `[count, p + n]`: one run, same text.
 
-    Full cache, policy alone, baseline+ once for each count of the policy that could grow, the untrained state, and LESS
-    where there are kernels. `advance` is called after each batch of each cache. `known`: measured before on these tokens;
-    all but LESS is taken from there.
+    Full cache, policy alone, baseline+ once for each count of the policy that could grow, the untrained state, LESS where there
+    are kernels, and fitted caches where the policy has a budget. `advance` is called after each batch of each cache. `known`:
+    measured before on these tokens; all that the kernels take no part in is taken from there.
     """
+    contenders = list_contenders(model, policy, kernels)
+    rows: list[Measurement | None] = []
+    for name, used, _ in contenders:
+        described = None if used is None else used.to_dict()
+        same = [row for row in known if (row.cache, row.policy) == (name, described)]
+        rows.append(same[0] if same and name not in WITH_KERNELS and same[0].divergence is not None else None)
+    scores: list[list[Score]] = [[] for _ in contenders]
+    for batch in tokens.to(model.device).split(batch_size):
+        full = None
+        for (_, _, make), row, own in zip(contenders, rows, scores, strict=True):
+            if row is None or (full is None and None in rows):  # of the full cache at least what others are compared with
+                log_probabilities, score = scored(model, batch, make(), prompt_length, full)
+                full = log_probabilities if full is None else full
+                own.append(score)
+            advance()
+    for index, (name, used, _) in enumerate(contenders):
+        if rows[index] is None:
+            rows[index] = _measurement(name, None if used is None else used.to_dict(), scores[index])
+    full, alone, *others = rows
+    if (lost := alone.perplexity - full.perplexity) > 0:
+        others = [dataclasses.replace(row, gap_recovered=(alone.perplexity - row.perplexity) / lost) for row in others]
+    return [full, alone, *others]
 
-    def run(name: str, make: Callable[[], Cache], used: EvictionPolicy | None) -> Measurement:
-        description = used.to_dict() if used is not None else None
-        for row in known:
-            if (row.cache, row.policy) == (name, description) and name != "less":
-                for _ in tokens.split(batch_size):
-                    advance()
-                return row
-        return Measurement(name, description, *perplexity(model, tokens, make, prompt_length, batch_size, advance))
+
+WITH_KERNELS = ("less", "fitted, trained")
+
+
+def list_contenders(
+    model: PreTrainedModel, policy: EvictionPolicy, kernels: LESSKernels | None
+) -> list[tuple[str, EvictionPolicy | None, Callable[[], Cache]]]:
+    """Name, policy and how to make it of each cache that `measure` compares."""
 
     def less(used: EvictionPolicy, state: LESSKernels | None) -> Callable[[], Cache]:
         return lambda: LESSCache(model.config, policy=used, kernels=state, heads="equal")
 
     untrained = LESSKernels.untrained(model)
-    rows = [
-        run("full", lambda: DynamicCache(config=model.config), None),
-        run("policy", less(policy, None), policy),
+    contenders: list[tuple[str, EvictionPolicy | None, Callable[[], Cache]]] = [
+        ("full", None, lambda: DynamicCache(config=model.config)),
+        ("policy", policy, less(policy, None)),
     ]
     for name in growing(policy):
         larger = with_state_bytes(policy, kernels or untrained, model.dtype.itemsize, name)
-        rows.append(run("baseline+", less(larger, None), larger))
-    rows.append(run("untrained", less(policy, untrained), policy))
+        contenders.append(("baseline+", larger, less(larger, None)))
+    contenders.append(("untrained", policy, less(policy, untrained)))
     if kernels is not None:
-        rows.append(run("less", less(policy, kernels), policy))
-    lost = rows[1].perplexity - rows[0].perplexity
-    if lost > 0:
-        won = [rows[1].perplexity - row.perplexity for row in rows[2:]]
-        rows[2:] = [dataclasses.replace(row, gap_recovered=part / lost) for row, part in zip(rows[2:], won, strict=True)]
-    return rows
+        contenders.append(("less", policy, less(policy, kernels)))
+    capacity = policy.capacity(policy.resolve(torch.ones(1, dtype=torch.long)).T)
+    if capacity is None or policy.block_size is not None:
+        return contenders
+    for name, state in (("fitted", untrained), ("fitted, trained", kernels)):
+        if state is not None:
+            fitted = spending.worth(int(capacity), geometry(model.config), format_of(SLOTS), state, EVERY)
+            options = {"policy": fitted, "kernels": state, "heads": "adaptive", "slots": SLOTS}
+            contenders.append((name, fitted, lambda options=options: LESSCache(model, **options)))
+    return contenders
 
 
 def growing(policy: EvictionPolicy) -> list[str]:
@@ -131,33 +167,55 @@ def with_state_bytes(policy: EvictionPolicy, kernels: LESSKernels, itemsize: int
     return dataclasses.replace(policy, **{count: getattr(policy, count) + tokens})
 
 
-def perplexity(
-    model: PreTrainedModel,
-    tokens: torch.Tensor,
-    make: Callable[[], Cache],
-    prompt_length: int,
-    batch_size: int,
-    advance: Callable[[], object],
-) -> tuple[float, float, float]:
-    """Perplexity of the tokens after the prompt, the cache's bytes a sequence, and the tokens that a KV head keeps."""
-    loss, held, kept = 0.0, 0, 0.0
-    with torch.no_grad():
-        for batch in tokens.to(model.device).split(batch_size):
-            cache = make()
-            for logits, target in zip(decode(model, batch, cache, prompt_length), batch[:, prompt_length:].T, strict=True):
-                loss += cross_entropy(logits.float(), target, reduction="sum").item()
-            held += cache_bytes(cache)
-            kept += kept_tokens(cache) * batch.shape[0]
-            advance()
-    count = tokens.shape[0] * (tokens.shape[1] - prompt_length)
-    return math.exp(loss / count), held / tokens.shape[0], kept / tokens.shape[0]
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """Of one cache on a batch."""
+
+    losses: torch.Tensor  # [b, n], nats
+    divergences: torch.Tensor  # [b, n], nats
+    bytes: float  # of all sequences, mean over the decoded tokens
+    tokens: float  # of all sequences, kept by a KV head after the last one
+
+
+def _measurement(name: str, policy: dict | None, scores: Sequence[Score]) -> Measurement:
+    losses, divergences = (torch.cat([getattr(each, of) for each in scores]) for of in ("losses", "divergences"))
+    count = len(losses)
+    return Measurement(
+        name,
+        policy,
+        math.exp(losses.double().mean().item()),
+        sum(each.bytes for each in scores) / count,
+        sum(each.tokens for each in scores) / count,
+        divergence=divergences.double().mean().item(),
+        quarters=[quarter.double().mean().item() for quarter in divergences.chunk(4, dim=1)],
+    )
+
+
+@torch.no_grad()
+def scored(
+    model: PreTrainedModel, batch: torch.Tensor, cache: Cache, prompt_length: int, full: torch.Tensor | None = None
+) -> tuple[torch.Tensor, Score]:
+    """Log-probabilities `[b, n, vocab]` of the tokens after the prompt, `batch` `[b, p + n]`, and what they come to.
+
+    `full`: the full cache's log-probabilities; None: this is the full cache.
+    """
+    outputs, held = [], []
+    for logits in decode(model, batch, cache, prompt_length):
+        outputs.append(logits.float().log_softmax(-1))
+        held.append(cache_bytes(cache))
+    log_probabilities = torch.stack(outputs, dim=1)
+    losses = -log_probabilities.gather(-1, batch[:, prompt_length:, None]).squeeze(-1)
+    full = log_probabilities if full is None else full
+    divergences = (full.exp() * (full - log_probabilities)).sum(-1)
+    return log_probabilities, Score(losses, divergences, sum(held) / len(held), kept_tokens(cache) * len(batch))
 
 
 def decode(model: PreTrainedModel, batch: torch.Tensor, cache: Cache, prompt_length: int) -> Iterator[torch.Tensor]:
-    """Logits `[b, vocab]` for each token after the prompt, `batch` `[b, p + n]`."""
-    yield model(batch[:, :prompt_length], past_key_values=cache, logits_to_keep=1).logits[:, -1]
-    for position in range(prompt_length, batch.shape[1] - 1):
-        yield model(batch[:, position : position + 1], past_key_values=cache).logits[:, -1]
+    """Logits `[b, vocab]` for each token after the prompt, `batch` `[b, p + n]`, which are read one by one."""
+    with torch.no_grad():
+        yield model(batch[:, :prompt_length], past_key_values=cache, logits_to_keep=1).logits[:, -1]
+        for position in range(prompt_length, batch.shape[1] - 1):
+            yield model(batch[:, position : position + 1], past_key_values=cache).logits[:, -1]
 
 
 def cache_bytes(cache: Cache) -> int:

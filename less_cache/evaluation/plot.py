@@ -5,7 +5,7 @@ from typing import Any
 
 from less_cache.reports import plots
 
-CACHES = ("policy", "baseline+", "untrained", "less")
+CACHES = ("policy", "baseline+", "untrained", "less", "fitted", "fitted, trained")
 
 
 def draw(reports: Mapping[str, dict]) -> Any:
