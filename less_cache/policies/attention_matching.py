@@ -26,6 +26,9 @@ class AttentionMatching(EvictionPolicy):
     A decoding text has few queries to choose by, the prompt had many: a kept token's squared score is for `MEMORY` what it was
     at the choice before.
 
+    Of a prompt that was read twice, the largest weight r_j that the repetition gave a token counts as well, beside root mean
+    squares for a tenth (`RECALL`): sqrt(score_j² + (r_j / 10)²).
+
     The first token stays, and of the last ones a tenth of the budget. Between two choices nothing is scored and nothing
     evicted: the newest tokens lie beside those that were chosen, up to `every` of them.
 
@@ -34,7 +37,8 @@ class AttentionMatching(EvictionPolicy):
         every: Tokens from one choice to the next.
         spared: Tokens of the budget that a head does without, since other things take their bytes.
 
-    The idea of matching the full cache's attention: Zweiger et al., "Attention Matching", 2026 (arXiv 2602.16284).
+    The idea of matching the full cache's attention: Zweiger et al., "Attention Matching", 2026 (arXiv 2602.16284); of the
+    repetition: Kim et al., "KVzip", 2025 (arXiv 2505.23416).
 
     >>> AttentionMatching(budget=256, every=32)
     AttentionMatching(budget=256, every=32, spared=0)
