@@ -467,6 +467,15 @@ def test_what_was_downloaded_serves_offline(hub, kernels, monkeypatch, tmp_path)
     assert all(load(REPO) == profile() for load in loads)
 
 
+@pytest.mark.parametrize(
+    "texts, said", [(["a", "b", "c"], "measured on a, b, c."), (["a"] * 4, "measured on 4 texts."), ([], "mean.")]
+)
+def test_a_card_says_what_it_was_measured_on(texts, said, tmp_path):
+    beside(publishable(), profile(measured={"data": texts})).save_pretrained(tmp_path)
+    card = publish.companions(tmp_path, publishable().config, REPO)["README.md"].decode()
+    assert f"0.50 to 1.50 of the {said if said == 'mean.' else f'mean, {said}'}" in card
+
+
 def test_a_repository_without_a_profile(hub, tmp_path):
     publishable().save_pretrained(tmp_path / "folder")
     hub.create(REPO, contents(tmp_path / "folder"))

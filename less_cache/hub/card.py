@@ -13,6 +13,7 @@ from less_cache.kernels.head_budgets import BUDGETS_NAME, HeadBudgets
 from less_cache.memory import MEMORIES
 
 PLOT_NAME = "perplexity.png"
+MOST_NAMES = 3  # of texts that head budgets were measured on
 BEGIN = "<!-- less-cache: generated; what stands outside these two lines is kept -->"
 END = "<!-- less-cache: end -->"
 
@@ -207,7 +208,9 @@ def _without_the_class(name: str, policy: dict) -> list[str]:
 def _profile(name: str, budgets: HeadBudgets) -> list[str]:
     shares = [share for row in budgets.shares for share in row]
     texts = budgets.measured.get("data")
-    measured = f", measured on {', '.join(map(str, texts))}" if isinstance(texts, list) and texts else ""
+    measured = ""
+    if isinstance(texts, list) and texts:
+        measured = f", measured on {', '.join(map(str, texts)) if len(texts) <= MOST_NAMES else f'{len(texts)} texts'}"
     return [
         f"`{BUDGETS_NAME}`: what each KV head keeps, {min(shares):.2f} to {max(shares):.2f} of the mean{measured}.",
         f'With it: `LESSCache.from_pretrained("{name}", model, heads="profile")`.',
