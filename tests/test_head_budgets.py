@@ -129,6 +129,7 @@ def test_which_heads_are_taken():
         assert cache.layers[1].setup.shares.tolist() == SHARES[1], name
     others = {
         "equal": LESSCache(MODEL, H2O(4, 4), kernels),
+        "equal, without a budget": LESSCache(MODEL, CORM(8, 4), kernels),
         "equal, static": LESSCache(MODEL, H2O(4, 4), kernels, static=True, heads="equal"),
         "static without one": LESSCache(MODEL, H2O(4, 4), plain, static=True),
         "adaptive": LESSCache(MODEL),

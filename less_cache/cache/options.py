@@ -119,7 +119,9 @@ def _heads(heads: Heads | None, policy: EvictionPolicy, kernels: LESSKernels | N
     """What was asked for; where nothing was, the kernels' profile if heads cannot be adaptive and there is one, else equal."""
     profile = None if kernels is None else kernels.head_budgets
     if heads is None:
-        return profile if profile is not None and (static or not policy.compares_heads) else "equal"
+        has_budget = policy.capacity(policy.resolve(torch.ones(1, dtype=torch.long)).T[:, :, None, None]) is not None
+        cannot_adapt = has_budget and (static or not policy.compares_heads)
+        return profile if profile is not None and cannot_adapt else "equal"
     if not isinstance(heads, str) or heads != "profile":
         return heads
     if profile is None:
