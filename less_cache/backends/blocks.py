@@ -5,6 +5,7 @@ Axes: `b` rows, `h` query heads, `g` KV heads, `n` new tokens, `c` columns, `d` 
 
 import torch
 
+from less_cache.backends.base import Backend
 from less_cache.backends.choice import Draft, judge
 from less_cache.backends.reading import query_blocks, virtual_tokens
 from less_cache.fitting import References
@@ -12,6 +13,7 @@ from less_cache.ops.attention import less_attention
 from less_cache.ops.call import AttentionCall
 from less_cache.ops.masks import visible_new
 from less_cache.slots import Asked, Columns, Held, Newest, Setup
+from less_cache.slots.formats import QueryCodes
 
 
 def read_first(setup: Setup, held: Held, call: AttentionCall, tokens: int) -> Draft:
@@ -21,7 +23,7 @@ def read_first(setup: Setup, held: Held, call: AttentionCall, tokens: int) -> Dr
     real = call.real_tokens
     positions = held.rows.read(real, policy, setup.shares)  # [b, n]
     by_head = positions.unsqueeze(1).expand(b, g, n)
-    held.newest = Newest.empty(call.key_states, call.value_states, setup.format.is_exact)
+    held.newest = Newest.empty(call.query_states, call.key_states, call.value_states, setup.format.is_exact)
     held.asked = Asked.empty(call.query_states, g)
     held.asked.put(call.query_states, positions)
     held.is_whole = setup.format.is_exact and call.real is None
@@ -32,25 +34,36 @@ def read_first(setup: Setup, held: Held, call: AttentionCall, tokens: int) -> Dr
     return draft
 
 
-def read_next(setup: Setup, held: Held, call: AttentionCall, before: int) -> tuple[torch.Tensor, Draft | None]:
-    """Later tokens, after `before` others: attention to what is kept, the newest, the state and themselves.
+def read_next(
+    setup: Setup, held: Held, call: AttentionCall, before: int, backend: Backend | None
+) -> tuple[torch.Tensor, Draft | None]:
+    """Later tokens, after `before` others: attention to what is kept, the newest, the state and themselves, by the `backend` where
+    it knows how.
 
     Returns their output, `[b, h, n, w]`, and what there is to choose from, once there are tokens for a choice.
     """
     policy, rows, newest = setup.policy, held.rows, held.newest
-    n, real = call.num_tokens, call.real_tokens
-    came = (newest.positions >= 0).sum(-1)  # [b]
-    if n == 1:
-        positions = rows.seen.int().unsqueeze(-1).masked_fill(~real, -1)
-        rows.step(real.squeeze(-1))
-    else:
-        positions = rows.read(real, policy, setup.shares)  # [b, n]
+    n, ends = call.num_tokens, newest.count + call.num_tokens >= policy.block_size
     held.is_whole = held.is_whole and call.real is None
-    columns = held.slots.columns().followed_by(newest.tokens(), (call.key_states, call.value_states, positions))
-    output = _attend(setup, held, call, columns, positions, came, real)
+    output = None
+    if backend is not None and not _is_own(held, call) and backend.can_attend(setup, held, call):
+        output = backend.attend(setup, held, call)
+    if n == 1:
+        positions = rows.seen.int().unsqueeze(-1)  # [b, n], as below
+        positions = positions if call.real is None else positions.masked_fill(~call.real, -1)
+        rows.step(True if call.real is None else call.real.squeeze(-1))
+    else:
+        positions = rows.read(call.real_tokens, policy, setup.shares)
     held.asked.put(call.query_states, positions)
-    if newest.count + n < policy.block_size:
-        newest.put(call.key_states, call.value_states, positions)
+    if output is not None and not ends:
+        newest.put(call.query_states, call.key_states, call.value_states, positions)
+        return output, None
+    real, came = call.real_tokens, (newest.positions >= 0).sum(-1)  # [b, n], [b]
+    columns = held.slots.columns().followed_by(newest.tokens(), (call.key_states, call.value_states, positions))
+    if output is None:
+        output = _attend(setup, held, call, columns, positions, came, real)
+    if not ends:
+        newest.put(call.query_states, call.key_states, call.value_states, positions)
         return output, None
     columns.scores = held.slots.scores_by_column()  # of the kept ones, which come first
     draft = Draft(columns, call, came + real.sum(-1), before + n)
@@ -71,15 +84,21 @@ def _is_over(setup: Setup, held: Held, draft: Draft) -> bool:
 
 
 def _references(setup: Setup, held: Held, call: AttentionCall, positions: torch.Tensor) -> References:
-    """Of a long block its own queries; else those that are held, and the last one."""
-    asked, n, g = held.asked, call.num_tokens, call.key_states.shape[1]
+    """Of a long block its own queries; else those that are held, and those of the tokens since the last choice."""
+    asked, newest, n, g = held.asked, held.newest, call.num_tokens, call.key_states.shape[1]
     if n > setup.policy.block_size:
         return References.of_prompt(setup.rotation, call.query_states, positions, held.rows.seen, g)
-    queries = torch.cat([asked.queries(), call.query_states[:, :, -1:]], dim=2)
-    last = positions[:, None, -1:].expand(*asked.positions.shape[:2], 1)
-    at = torch.cat([asked.positions, last], dim=-1)  # [b, s, k]
+    as_held = QueryCodes.decode(*QueryCodes.encode(call.query_states), call.query_states.shape[-1], asked.dtype)
+    queries = torch.cat([asked.queries(), newest.queries(asked.dtype), as_held], dim=2)
+    recent = torch.cat([newest.positions, positions], dim=-1).unsqueeze(1).expand(-1, asked.positions.shape[1], -1)
+    at = torch.cat([asked.positions, recent], dim=-1)  # [b, s, k]
     seen = held.rows.seen
     return References.turned(setup.rotation, queries, at, seen, torch.full_like(seen, at.shape[-1]), setup.policy.block_size)
+
+
+def _is_own(held: Held, call: AttentionCall) -> bool:
+    """Whether the model's own attention sees all tokens as they came."""
+    return held.is_whole and held.slots.bias is None and call.own is not None and call.num_tokens == 1
 
 
 def _attend(
@@ -93,7 +112,8 @@ def _attend(
 ) -> torch.Tensor:
     """Attention output of the new tokens, `[b, h, n, w]`."""
     n, c = call.num_tokens, columns.positions.shape[-1]
-    if held.is_whole and columns.bias is None and call.own is not None and n == 1:  # as a DynamicCache would, to the bit
+    if _is_own(held, call):  # as a DynamicCache would, to the bit
+        assert call.own is not None
         output, _ = call.own(call.query_states, columns.keys, columns.values, None)
         return output.transpose(1, 2)
     alive = (columns.positions[..., : c - n] >= 0).unsqueeze(2)  # [b, g, 1, c − n]

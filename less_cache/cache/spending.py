@@ -49,9 +49,11 @@ def _costs(geometry: Geometry, format: SlotFormat, kernels: LESSKernels | None, 
     """Bytes of a slot, and how many slots take the bytes of all that a head holds beside its slots."""
     d, queries = geometry.head_dim, geometry.num_attention_heads // geometry.num_key_value_heads
     slot = 2 * _bytes_of(format, d) + BESIDE
-    newest = every / 2 * (_token(geometry) + 4 / geometry.num_key_value_heads)  # on average: they come one by one
+    query = d / 4 + BITS_16  # two bits a number, and a scale
+    position = 4 / geometry.num_key_value_heads
+    newest = every / 2 * (_token(geometry) + queries * query + position)  # on average: they come one by one
     beside = 0 if format.is_exact else 3 * d * BITS_16  # the mean key, and the first token
-    asked = PLACES * queries * (d / 4 + 2 + 4 / geometry.num_key_value_heads)  # two bits a number, a scale, a position
+    asked = PLACES * queries * (query + position)
     return slot, round((newest + asked + beside + _bytes_of_state(kernels, d)) / slot)
 
 

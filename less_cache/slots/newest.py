@@ -1,6 +1,6 @@
 """The newest tokens under a policy that chooses in blocks: they lie beside the slots until the next choice.
 
-Axes: `b` rows, `g` KV heads, `e` tokens, `n` new tokens, `d` head dim, `w` width of values.
+Axes: `b` rows, `h` query heads, `g` KV heads, `e` tokens, `n` new tokens, `d` head dim, `w` width of values.
 """
 
 import dataclasses
@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 import torch
 
 from less_cache.memory.state import in_16_bits
+from less_cache.slots.formats import QueryCodes
 
 
 @dataclasses.dataclass
@@ -21,24 +22,37 @@ class Newest:
     keys: torch.Tensor  # [b, g, e, d]
     values: torch.Tensor  # [b, g, e, w]
     positions: torch.Tensor  # [b, e] int32, where in its row a token is; -1: padding
+    query_codes: torch.Tensor  # [b, h, e, *] uint8, for the next choice
+    query_scales: torch.Tensor  # [b, h, e, 1] float16
 
     @classmethod
-    def empty(cls, key_states: torch.Tensor, value_states: torch.Tensor, is_exact: bool) -> "Newest":
-        """No tokens yet, of rows, heads and types as in `key_states` `[b, g, *, d]` and `value_states` `[b, g, *, w]`."""
+    def empty(
+        cls, query_states: torch.Tensor, key_states: torch.Tensor, value_states: torch.Tensor, is_exact: bool
+    ) -> "Newest":
+        """No tokens yet, of rows, heads and types as in these states, `[b, h, *, d]`, `[b, g, *, d]` and `[b, g, *, w]`."""
         b = len(key_states)
         positions = torch.empty(b, 0, dtype=torch.int32, device=key_states.device)
         keys, values = (_stored(states[:, :, :0].clone(), is_exact) for states in (key_states, value_states))
-        return cls(keys, values, positions)
+        return cls(keys, values, positions, *QueryCodes.encode(query_states[:, :, :0]))
 
     @property
     def count(self) -> int:
         return self.positions.shape[-1]
 
-    def put(self, key_states: torch.Tensor, value_states: torch.Tensor, positions: torch.Tensor) -> None:
-        """Take tokens `[b, g, n, *]` at `positions` `[b, n]`."""
+    def put(
+        self, query_states: torch.Tensor, key_states: torch.Tensor, value_states: torch.Tensor, positions: torch.Tensor
+    ) -> None:
+        """Take tokens at `positions` `[b, n]`: queries `[b, h, n, d]`, keys and values `[b, g, n, *]`."""
         self.keys = torch.cat([self.keys, _stored(key_states, self.keys.dtype == key_states.dtype)], dim=2)
         self.values = torch.cat([self.values, _stored(value_states, self.values.dtype == value_states.dtype)], dim=2)
         self.positions = torch.cat([self.positions, positions.int()], dim=-1)
+        codes, scales = QueryCodes.encode(query_states)
+        self.query_codes = torch.cat([self.query_codes, codes], dim=2)
+        self.query_scales = torch.cat([self.query_scales, scales], dim=2)
+
+    def queries(self, dtype: torch.dtype) -> torch.Tensor:
+        """What the tokens asked, `[b, h, e, d]`, in two bits a number."""
+        return QueryCodes.decode(self.query_codes, self.query_scales, self.keys.shape[-1], dtype)
 
     def tokens(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Keys, values and positions."""
@@ -48,6 +62,7 @@ class Newest:
         """Let all tokens go."""
         self.keys, self.values = self.keys[:, :, :0].clone(), self.values[:, :, :0].clone()
         self.positions = self.positions[:, :0].clone()
+        self.query_codes, self.query_scales = self.query_codes[:, :, :0].clone(), self.query_scales[:, :, :0].clone()
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """All tensors by name."""

@@ -114,18 +114,17 @@ def reference_attention(
             weights = sparse + torch.einsum("bgsnr,bgntr->bgsnt", query_features, folded)
         return weights, sparse, weights.sum(-1, keepdim=True) + sink_mass
 
-    def asked_before(stop: int) -> torch.Tensor:
+    def asked_before(stop: int, since: int) -> torch.Tensor:
         """The tokens whose queries a layer holds after `stop` tokens, by query head of a KV head and place, -1: none; then the
-        last one: `[b, s, k]`.
+        last `since`: `[b, s, k]`.
         """
         s = query_states.shape[1] // g
-        places = torch.full((b, s, asked.PLACES + 1), -1)
+        places = torch.full((b, s, asked.PLACES), -1)
         for row, position in enumerate(row_positions[:, :stop].tolist()):
             for column, turn in itertools.product(range(stop), range(s)):
                 if position[column] >= 0 and position[column] % asked.STRIDE == turn * asked.STRIDE // s:
                     places[row, turn, position[column] // asked.STRIDE % asked.PLACES] = column
-        places[..., -1] = stop - 1
-        return places
+        return torch.cat([places, torch.arange(stop - since, stop).expand(b, s, since)], dim=-1)
 
     scores = policy.arrival(positions)
     outputs, kept = [], []
@@ -155,14 +154,13 @@ def reference_attention(
                 if every is None or start == 0 or n > every:
                     asks = References.of_prompt(rotation, query_states[:, :, rows], row_positions[:, rows], seen, g)
                 else:
-                    chosen = asked_before(stop)  # [b, s, k]
+                    chosen = asked_before(stop, since)  # [b, s, k]
                     at = row_positions.unsqueeze(1).expand(-1, chosen.shape[1], -1).gather(-1, chosen.clamp_min(0))
                     at = at.masked_fill(chosen < 0, -1)
                     index = chosen.clamp_min(0).repeat(1, g, 1).unsqueeze(-1).expand(-1, -1, -1, d)  # [b, h, k, d]
                     queries = query_states.gather(2, index)
-                    coded = QueryCodes.decode(*QueryCodes.encode(queries[:, :, :-1]), d, queries.dtype)
-                    queries = torch.cat([coded, queries[:, :, -1:]], dim=2)
-                    asks = References.turned(rotation, queries, at, seen, torch.full_like(seen, asked.PLACES + 1), every)
+                    queries = QueryCodes.decode(*QueryCodes.encode(queries), d, queries.dtype)
+                    asks = References.turned(rotation, queries, at, seen, torch.full_like(seen, at.shape[-1]), every)
                 sees = present.unsqueeze(2).expand(b, g, asks.query_states.shape[2], T)
                 _, sparse, _ = weigh(asks.query_states, seen.unsqueeze(-1) + asks.later, sees, evicted)
                 judged = sparse / (sparse.sum(-1, keepdim=True) + sink_mass)
