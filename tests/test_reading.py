@@ -46,7 +46,7 @@ def test_what_follows_a_prompt_is_there_in_every_layer_and_head_budgets_stay(pol
 def build(name: str, attn_implementation: str = "eager"):
     """A tiny model; of learned positions there are hardly more than the text has tokens."""
     if name == "gpt2":
-        return zoo.build(name, attn_implementation, n_positions=70)
+        return zoo.build(name, attn_implementation, max_position_embeddings=70)
     return zoo.build(name, attn_implementation)
 
 
