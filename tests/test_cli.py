@@ -60,7 +60,7 @@ def test_demo_compares_full_policy_rival_and_less(model, text, tmp_path):
     tiny.tiny_kernels(tiny.tiny_llama()).save_pretrained(tmp_path / "kernels")
     result = run("demo", "--model", model, "--kernels", tmp_path / "kernels", "--prompt-file", text, "--max-new-tokens", 3)
     assert result.exit_code == 0, result.output
-    for label in ("full cache", "h2o alone", "h2o, equal bytes", "LESS on h2o", "perplexity", "saved"):
+    for label in ("full cache", "h2o alone", "h2o, equal bytes", "LESS on h2o", "fitted", "perplexity", "saved"):
         assert label in result.output
 
 
@@ -92,23 +92,24 @@ def test_demo_of_a_model_without_kernels_shows_the_untrained_state(model, text, 
     assert "untrained state on h2o" in result.output and "LESS" not in result.output
 
 
-PERPLEXITIES = {  # full cache, policy alone, policy with equal bytes, the state: what is said
-    (10, 20, 18, 15): "Of the perplexity that h2o loses, the untrained state wins back 50%.",
-    (10, 20, 14, 15): "h2o, equal bytes wins here: perplexity 14.00, untrained state on h2o 15.00.",
-    (10, 20, 25, 30): "h2o alone wins here: perplexity 20.00, untrained state on h2o 30.00.",
-    (10, 9, 9, 8): "h2o loses nothing on this text: there is nothing to win back.",
-    (10, 9, 8, 8): "h2o, equal bytes wins here: perplexity 8.00, untrained state on h2o 8.00.",
+PERPLEXITIES = {  # full cache, policy alone, policy with equal bytes, the state, a fitted cache: what is said
+    (10, 20, 18, 15, 12): "Of the perplexity that h2o loses, the untrained state wins back 50%, a fitted cache 80%.",
+    (10, 20, 18, 15, 19): "Of the perplexity that h2o loses, the untrained state wins back 50%, a fitted cache 10%.",
+    (10, 20, 14, 15, 16): "h2o, equal bytes wins here: perplexity 14.00, untrained state on h2o 15.00, fitted 16.00.",
+    (10, 20, 25, 30, 21): "h2o alone wins here: perplexity 20.00, untrained state on h2o 30.00, fitted 21.00.",
+    (10, 9, 9, 8, 9): "h2o loses nothing on this text: there is nothing to win back.",
+    (10, 9, 8, 8, 9): "h2o, equal bytes wins here: perplexity 8.00, untrained state on h2o 8.00, fitted 9.00.",
 }
 
 
 @pytest.mark.parametrize("perplexities", PERPLEXITIES)
 def test_demo_says_who_wins(perplexities):
-    labels = ("full cache", "h2o alone", "h2o, equal bytes", "untrained state on h2o")
+    labels = ("full cache", "h2o alone", "h2o, equal bytes", "untrained state on h2o", "fitted")
     rows = [demo.Measurement(label, 1, 1.0, float(each)) for label, each in zip(labels, perplexities, strict=True)]
     assert demo.verdict("h2o", "the untrained state", rows) == PERPLEXITIES[perplexities]
 
 
-@pytest.mark.parametrize("perplexities", [(10, 20, 14, 15), (10, 20, 18, 15)])
+@pytest.mark.parametrize("perplexities", [(10, 20, 14, 15, 16), (10, 20, 18, 15, 14)])
 @pytest.mark.parametrize("trained", [False, True])
 def test_demo_claims_no_share_where_equal_bytes_win(model, text, tmp_path, monkeypatch, perplexities, trained):
     """Whichever state it is: the last line is about the one that wins."""
@@ -122,10 +123,10 @@ def test_demo_claims_no_share_where_equal_bytes_win(model, text, tmp_path, monke
     last = result.stdout.splitlines()[-1]
     if perplexities[2] < perplexities[3]:
         state = "LESS" if trained else "untrained state"
-        assert last == f"h2o, equal bytes wins here: perplexity 14.00, {state} on h2o 15.00."
+        assert last == f"h2o, equal bytes wins here: perplexity 14.00, {state} on h2o 15.00, fitted 16.00."
     else:
         state = "LESS" if trained else "the untrained state"
-        assert last == f"Of the perplexity that h2o loses, {state} wins back 50%."
+        assert last == f"Of the perplexity that h2o loses, {state} wins back 50%, a fitted cache 60%."
 
 
 @pytest.mark.parametrize("prompts", ["512", [], ["512"], [512, True], {"longest": 512}, 512, [0]], ids=repr)

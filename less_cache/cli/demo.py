@@ -70,8 +70,8 @@ def run(
         prompt_tokens = longest_trained(kernels) or len(tokens)
     tokens = tokens[-prompt_tokens - SCORED :]
     prompt_length = len(tokens) - SCORED
-    budget = budget if isinstance(budget, int) else max(2, round(budget * prompt_length))
-    policy = from_budget(budget)
+    size = budget if isinstance(budget, int) else max(2, round(budget * prompt_length))
+    policy = from_budget(size)
 
     console.print(f"[bold]model[/]    {model_name}")
     console.print(f"[bold]text[/]     {(prompt_file or TEXT).name}: {prompt_length:,} tokens, and {SCORED} held out")
@@ -83,6 +83,7 @@ def run(
     if kernels is not None:
         contenders[f"{policy_name}, equal bytes"] = LESSCache(model, with_state_bytes(policy, kernels, model.dtype.itemsize))
         contenders[f"{state_name.removeprefix('the ')} on {policy_name}"] = LESSCache(model, policy, kernels, heads="equal")
+        contenders["fitted"] = LESSCache(model, budget=min(1.0, size / prompt_length))
     rows = [measure(console, model, tokenizer, tokens, name, cache, max_new_tokens) for name, cache in contenders.items()]
     console.print(table(rows))
     if kernels is not None:
@@ -145,14 +146,15 @@ def origin(kernels: LESSKernels | None, name: str | None) -> str:
 
 def verdict(policy_name: str, state_name: str, rows: list[Measurement]) -> str:
     """Who comes closest to the full cache, in a sentence; `rows` as the table has them."""
-    full, alone, _, state = rows
+    full, alone, _, state, fitted = rows
     best = min(rows[1:], key=lambda row: row.perplexity)
-    if best is not state:
-        return f"{best.label} wins here: perplexity {best.perplexity:.2f}, {state.label} {state.perplexity:.2f}."
+    if best not in (state, fitted):
+        others = ", ".join(f"{row.label} {row.perplexity:.2f}" for row in (state, fitted))
+        return f"{best.label} wins here: perplexity {best.perplexity:.2f}, {others}."
     if alone.perplexity <= full.perplexity:
         return f"{policy_name} loses nothing on this text: there is nothing to win back."
-    won_back = (alone.perplexity - state.perplexity) / (alone.perplexity - full.perplexity)
-    return f"Of the perplexity that {policy_name} loses, {state_name} wins back {won_back:.0%}."
+    won_back, by_fit = ((alone.perplexity - row.perplexity) / (alone.perplexity - full.perplexity) for row in (state, fitted))
+    return f"Of the perplexity that {policy_name} loses, {state_name} wins back {won_back:.0%}, a fitted cache {by_fit:.0%}."
 
 
 def shown(kernels: LESSKernels) -> str:
