@@ -13,7 +13,8 @@ from strategies import SEEDS
 from transformers import DynamicCache
 
 from less_cache import H2O, AttentionMatching, LESSCache, LESSError, SinkRecent
-from less_cache.backends import choice
+from less_cache.backends import choice, select
+from less_cache.backends.cpu import build
 from less_cache.fitting import References, Seen, allot, ask, fit
 from less_cache.fitting.fit import MOST_BIAS
 from less_cache.memory import LayerCentroids
@@ -575,11 +576,14 @@ def test_an_interrupted_prompt_is_not_held():
 
 @torch.no_grad()
 def test_a_step_decodes_its_slots_once():
-    """What a step reads of the slots is decoded once for keys and once for values, unless it ends with a choice."""
+    """What a step reads of the slots is decoded once for keys and once for values, unless it ends with a choice. C++ reads codes."""
     cache = LESSCache(MODEL, AttentionMatching(12, every=8), slots="int4")
     MODEL(TEXT[:, :40], past_key_values=cache)
     decoded = []
     decode = Int4Slots.decode
     with mock.patch.object(Int4Slots, "decode", lambda self, stored, dtype: decoded.append(1) or decode(self, stored, dtype)):
-        MODEL(TEXT[:, 40:41], past_key_values=cache)
-    assert len(decoded) == 2 * len(cache.layers)
+        with mock.patch.dict(select.BACKENDS, clear=True):
+            MODEL(TEXT[:, 40:41], past_key_values=cache)
+        assert len(decoded) == 2 * len(cache.layers)
+        MODEL(TEXT[:, 41:42], past_key_values=cache)
+    assert len(decoded) == (2 if build.library() is not None and select.BACKENDS else 4) * len(cache.layers)

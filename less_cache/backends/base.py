@@ -24,6 +24,14 @@ class Backend(Protocol):
     def step(self, setup: Setup, held: Held, call: AttentionCall) -> torch.Tensor | None:
         """Take one token a row into `held`, in place: its output `[b, h, 1, w]`; None where it cannot, with nothing done."""
 
+    def can_attend(self, setup: Setup, held: Held, call: AttentionCall) -> bool:
+        """Whether `attend` knows how to attend with the one token of `call`."""
+
+    def attend(self, setup: Setup, held: Held, call: AttentionCall) -> torch.Tensor | None:
+        """Attention of one token a row to what is held and itself, under a policy that chooses in blocks: `[b, h, 1, w]`, and
+        nothing else changes; None where it cannot.
+        """
+
     def can_read(self, policy: EvictionPolicy, call: AttentionCall) -> bool:
         """Whether `read_prompt` knows how to read the prompt of `call`."""
 

@@ -37,8 +37,8 @@ def read_first(setup: Setup, held: Held, call: AttentionCall, tokens: int) -> Dr
 def read_next(
     setup: Setup, held: Held, call: AttentionCall, before: int, backend: Backend | None
 ) -> tuple[torch.Tensor, Draft | None]:
-    """Later tokens, after `before` others: attention to what is kept, the newest, the state and themselves, by the `backend` where
-    it knows how.
+    """Later tokens, after `before` others: attention to what is kept, the newest, the state and themselves, by the `backend`
+    where it knows how.
 
     Returns their output, `[b, h, n, w]`, and what there is to choose from, once there are tokens for a choice.
     """

@@ -45,7 +45,7 @@ def take_block(setup: Setup, held: Held, call: AttentionCall, tokens: int) -> tu
         return (
             (None, blocks.read_first(setup, held, call, after))
             if held.slots is None
-            else blocks.read_next(setup, held, call, tokens)
+            else blocks.read_next(setup, held, call, tokens, backend_of(call.query_states.device))
         )
     if held.slots is not None:
         return in_pytorch.read_next(setup, held, call, after)

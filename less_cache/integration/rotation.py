@@ -8,6 +8,7 @@ Axes: `p` positions, `s` samples (a token in a query head), `n` queries, `d`, `i
 """
 
 import dataclasses
+import functools
 
 import torch
 
@@ -41,6 +42,20 @@ class Rotation:
     def turns_keys(self) -> bool:
         """Whether keys turn as queries do: not where norms with weights of their own follow the rotation."""
         return self.turns and bool((self.gains.abs() == 1).logical_or(self.gains == 0).all())
+
+    @functools.cached_property
+    def pairs(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+        """The numbers that turn with each other, int32 `[2, p]`, their angles, and the gains of the first of each, `[p]`; None
+        where two of them do not turn as one.
+        """
+        numbers = torch.arange(len(self.partner), device=self.partner.device)
+        first = (self.partner > numbers).nonzero().squeeze(-1)
+        second, alone = self.partner[first], self.partner == numbers
+        turn_as_one = (self.angles[first] == self.angles[second]) & (self.gains[first] == -self.gains[second])
+        is_pair = (self.partner[self.partner] == numbers).all() & turn_as_one.all() & (self.angles[alone] == 0).all()
+        if not bool(is_pair):
+            return None
+        return torch.stack([first, second]).int(), self.angles[first].float(), self.gains[first].float()
 
     def to(self, device: torch.device | str) -> "Rotation":
         return Rotation(self.partner.to(device), self.gains.to(device), self.angles.to(device), self.turns)

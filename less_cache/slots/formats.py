@@ -83,7 +83,7 @@ class QuantizedSlots(SlotFormat):
 
     def pack(self, codes: torch.Tensor) -> torch.Tensor:
         """Codes `[..., d]` uint8 as they lie in bytes."""
-        return codes
+        return codes.contiguous()
 
     def unpack(self, packed: torch.Tensor) -> torch.Tensor:
         """The codes that `pack` took."""

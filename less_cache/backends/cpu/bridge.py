@@ -57,15 +57,15 @@ def can_step(setup: Setup, held: Held, call: AttentionCall) -> bool:
     if isinstance(memory, TrainedMemory) and memory.sizes[:3] != (h, g, d):
         return False
     return (
-        _fit(_expected_of_call(call, b, h, g, d, w))
-        and _fit(_expected_of_held(held, call.value_states.dtype, b, g, d, w), dense=True)
-        and _fit(_expected_of_state(memory, held.state, b, g, d, w), dense=True)
-        and _fit(_expected_of_weights(memory), dense=True)
+        fit(_expected_of_call(call, b, h, g, d, w))
+        and fit(_expected_of_held(held, call.value_states.dtype, b, g, d, w), dense=True)
+        and fit(_expected_of_state(memory, held.state, b, g, d, w), dense=True)
+        and fit(_expected_of_weights(memory), dense=True)
         and build.library() is not None
     )
 
 
-def _fit(expected: Iterable[Expected] | None, dense: bool = False) -> bool:
+def fit(expected: Iterable[Expected] | None, dense: bool = False) -> bool:
     """Whether tensors on the processor are as expected, and `dense`: without gaps, in the order of their dimensions."""
     if expected is None:
         return False
@@ -172,14 +172,14 @@ def step(setup: Setup, held: Held, call: AttentionCall) -> torch.Tensor | None:
         query=query_states.data_ptr(),
         key=key_states.data_ptr(),
         value=value_states.data_ptr(),
-        real=_address(real),
-        sinks=_address(sinks),
-        starts=_address(slots.starts),
+        real=address(real),
+        sinks=address(sinks),
+        starts=address(slots.starts),
         keys=slots.stored["keys"].data_ptr(),
         values=slots.stored["values"].data_ptr(),
         positions=slots.positions.data_ptr(),
         scores=slots.scores.data_ptr(),
-        bias=_address(slots.bias),
+        bias=address(slots.bias),
         seen=rows.seen.data_ptr(),
         settled=rows.settled.data_ptr(),
         counts=counts.data_ptr(),
@@ -214,7 +214,7 @@ def _rows_dense(states: torch.Tensor) -> torch.Tensor:
     return states if states.stride(-1) == 1 else states.contiguous()
 
 
-def _address(tensor: torch.Tensor | None) -> int | None:
+def address(tensor: torch.Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 

@@ -24,8 +24,8 @@ import torch
 from less_cache.backends.cpu.layout import DEFINITIONS
 
 HERE = Path(__file__).parent
-COMPILED = [HERE / name for name in ("step.cpp", "prompt.cpp")]
-INCLUDED = [HERE / name for name in ("step.h", "policies.h", "memories.h", "vector_math.h")]
+COMPILED = [HERE / name for name in ("step.cpp", "prompt.cpp", "attend.cpp")]
+INCLUDED = [HERE / name for name in ("step.h", "policies.h", "memories.h", "attend.h", "codes.h", "vector_math.h")]
 FLAGS = ["-O3", "-std=c++17", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math"]
 INSTRUCTIONS = {  # of a processor that torch calls so
     "AVX2": ["-mavx2", "-mfma"],
@@ -126,5 +126,6 @@ def _name(start: str, content: bytes) -> str:
 def _load(path: Path) -> ctypes.CDLL:
     functions = ctypes.CDLL(str(path))
     functions.less_step.restype, functions.less_step.argtypes = ctypes.c_bool, [ctypes.c_void_p]
+    functions.less_attend.restype, functions.less_attend.argtypes = ctypes.c_bool, [ctypes.c_void_p]
     functions.less_read_prompt.restype, functions.less_read_prompt.argtypes = None, [ctypes.c_void_p]
     return functions

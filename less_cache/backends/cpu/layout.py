@@ -12,9 +12,13 @@ from less_cache.memory import LayerCentroids, LayerKernels, LayerSoftCentroids
 from less_cache.memory.centroids import MOST_SPREAD, SPREAD
 from less_cache.memory.soft_centroids import MOST_WEIGHT
 from less_cache.policies import CORM, H2O, SinkRecent
+from less_cache.slots.formats import GROUP, FloatSlots, Int4Slots, Int8Slots
 
 # The numbers that C++ knows them by
 DTYPES: dict[torch.dtype, int] = {torch.float32: 0, torch.bfloat16: 1}
+ATTENDED_DTYPES = DTYPES | {torch.float16: 2}
+FORMATS: dict[type, int] = {FloatSlots: 0, Int8Slots: 1, Int4Slots: 2}
+STATES = {"none": 0, "sums": 1, "means": 2, "logits": 3}  # in what form attention gets the state
 POLICIES: dict[type, int] = {H2O: 0, SinkRecent: 1, CORM: 2}
 MEMORIES: dict[type, int] = {NoneType: 0, LayerKernels: 1, LayerSoftCentroids: 2, LayerCentroids: 3}
 
@@ -60,6 +64,23 @@ class Step(ctypes.Structure):
     ]
 
 
+class Attend(ctypes.Structure):
+    """As in `attend.h`."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("b", "g", "s", "n", "e", "d", "w", "r", "p", "threads")),
+        *((name, ctypes.c_int32) for name in ("dtype", "newest_dtype", "bias_dtype", "format", "state")),
+        *((name, ctypes.c_float) for name in ("scaling", "softcap")),
+        *((name, ctypes.c_void_p) for name in ("query", "key", "value", "sinks")),
+        *((name, ctypes.c_void_p) for name in ("starts", "positions", "bias", "keys", "values")),
+        *((name, ctypes.c_void_p) for name in ("key_scales", "value_scales", "levels")),
+        *((name, ctypes.c_void_p) for name in ("centers", "first_keys", "first_values")),
+        *((name, ctypes.c_void_p) for name in ("pairs", "angles", "gains")),
+        *((name, ctypes.c_void_p) for name in ("newest_keys", "newest_values", "newest_positions")),
+        *((name, ctypes.c_void_p) for name in ("counts", "state_keys", "state_values", "spreads", "output")),
+    ]
+
+
 class States(ctypes.Structure):
     """As in `prompt.cpp`."""
 
@@ -86,6 +107,15 @@ class Prompt(ctypes.Structure):
 DEFINITIONS: dict[str, int | float] = {
     "DTYPE_FLOAT32": DTYPES[torch.float32],
     "DTYPE_BFLOAT16": DTYPES[torch.bfloat16],
+    "DTYPE_FLOAT16": ATTENDED_DTYPES[torch.float16],
+    "FORMAT_FLOAT": FORMATS[FloatSlots],
+    "FORMAT_INT8": FORMATS[Int8Slots],
+    "FORMAT_INT4": FORMATS[Int4Slots],
+    "STATE_NONE": STATES["none"],
+    "STATE_SUMS": STATES["sums"],
+    "STATE_MEANS": STATES["means"],
+    "STATE_LOGITS": STATES["logits"],
+    "GROUP": GROUP,
     "POLICY_H2O": POLICIES[H2O],
     "POLICY_SINK_RECENT": POLICIES[SinkRecent],
     "POLICY_CORM": POLICIES[CORM],
@@ -99,5 +129,6 @@ DEFINITIONS: dict[str, int | float] = {
     "SPREAD": SPREAD,
     "MOST_SPREAD": MOST_SPREAD,
     "BYTES_OF_STEP": ctypes.sizeof(Step),
+    "BYTES_OF_ATTEND": ctypes.sizeof(Attend),
     "BYTES_OF_PROMPT": ctypes.sizeof(Prompt),
 }

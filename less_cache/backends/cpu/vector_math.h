@@ -47,6 +47,44 @@ inline void narrow(float x, bfloat16 &to) {
     to.bits = x != x ? 0x7fc0 : uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16); // to the nearest, ties to even
 }
 
+// Half precision: 5 bits of exponent, 10 of fraction.
+struct float16 {
+    uint16_t bits;
+};
+
+inline float widen(float16 x) {
+    const uint32_t sign = uint32_t(x.bits & 0x8000) << 16, rest = uint32_t(x.bits & 0x7fff) << 13;
+    const uint32_t up = 239u << 23; // 2^112, what the exponents differ by
+    float magnitude, factor;
+    std::memcpy(&magnitude, &rest, sizeof rest);
+    std::memcpy(&factor, &up, sizeof up);
+    magnitude *= factor;
+    uint32_t bits;
+    std::memcpy(&bits, &magnitude, sizeof bits);
+    bits |= sign | (rest >= 0x0f800000 ? 0x7f800000 : 0); // infinite, or no number
+    float wide;
+    std::memcpy(&wide, &bits, sizeof wide);
+    return wide;
+}
+
+inline void narrow(float x, float16 &to) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, sizeof bits);
+    const uint32_t sign = bits >> 16 & 0x8000, rest = bits & 0x7fffffff;
+    uint32_t narrowed;
+    if (rest > 0x7f800000) narrowed = 0x7e00;
+    else if (rest >= 0x477ff000) narrowed = 0x7c00; // too large
+    else if (rest >= 0x38800000) narrowed = (rest + 0xfff + ((rest >> 13) & 1) - (112u << 23)) >> 13; // nearest, ties to even
+    else { // in steps of 2^-24, as of 1/2
+        float magnitude;
+        std::memcpy(&magnitude, &rest, sizeof rest);
+        magnitude += 0.5f;
+        std::memcpy(&narrowed, &magnitude, sizeof narrowed);
+        narrowed -= 0x3f000000;
+    }
+    to.bits = uint16_t(sign | narrowed);
+}
+
 // e^x to 2e-7 of itself, 0 below -87: a form that compilers vectorise, which std::exp is not.
 inline float fast_exp(float x) {
     const float low = -87.0f, magic = 12582912.0f; // 1.5 · 2^23: adding it rounds to an integer

@@ -5,6 +5,6 @@ It has run through Triton's interpreter alone, and been compiled for GPUs, never
 never comes here. Needs triton: nothing but `backends.select` imports this folder, on a GPU.
 """
 
-from less_cache.backends.triton.bridge import can_read, can_step, read_prompt, step
+from less_cache.backends.triton.bridge import attend, can_attend, can_read, can_step, read_prompt, step
 
-__all__ = ["can_read", "can_step", "read_prompt", "step"]
+__all__ = ["attend", "can_attend", "can_read", "can_step", "read_prompt", "step"]

@@ -120,6 +120,16 @@ def step(setup: Setup, held: Held, call: AttentionCall) -> torch.Tensor | None:
     return output
 
 
+def can_attend(setup: Setup, held: Held, call: AttentionCall) -> bool:
+    """Policies that choose in blocks are PyTorch's."""
+    return False
+
+
+def attend(setup, held, call):
+    """Never asked for."""
+    raise NotImplementedError
+
+
 def can_read(policy: EvictionPolicy, call: AttentionCall) -> bool:
     """A prompt is PyTorch's."""
     return False
