@@ -81,7 +81,9 @@ def test_the_benchmark_of_types(model, text, tmp_path, monkeypatch, capsys):  # 
     report = benchmark("dtypes.py", words, monkeypatch, capsys)
 
     evaluated = run("eval", "perplexity", model, "--kernels", tmp_path / "kernels", "--data", text, *lengths)
-    full, alone, *_, less = json.loads(evaluated.stdout.splitlines()[-1])["results"][0]
+    full, alone, *_, less = (
+        row for row in json.loads(evaluated.stdout.splitlines()[-1])["results"][0] if not row["cache"].startswith("fitted")
+    )
     assert (report["full"], report["policy_alone"]) == pytest.approx((full["perplexity"], alone["perplexity"]), rel=1e-5)
     exact, *rounded = (report["dtypes"][name] for name in ("float32", "float16", "bfloat16"))
     assert exact["perplexity"] == pytest.approx(less["perplexity"], rel=1e-5)
