@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import itertools
 from unittest import mock
 
 import pytest
@@ -38,6 +39,23 @@ def test_what_follows_a_prompt_is_there_in_every_layer_and_head_budgets_stay(pol
         assert before.float().std(dim=1).min() > 1
     if more == 5 and policy.block_size is not None:
         assert (after - before * 65 / 60).abs().max() < 2
+
+
+@torch.no_grad()
+def test_a_layer_that_keeps_everything_chooses_with_the_others():
+    """It is within its budget, but the prompt goes on for the others."""
+    calls = itertools.count()
+
+    def judge(policy, weights, queries):
+        return torch.full_like(weights[:, :, 0, 0], 1.0 if next(calls) % 4 < 2 else 0.01)  # of two layers of two heads
+
+    cache = LESSCache(MODEL, AttentionMatching(0.7, every=8), heads="adaptive")
+    with mock.patch.object(AttentionMatching, "judge", judge):
+        MODEL(TEXT[:, :60], past_key_values=cache)
+        assert [int((layer.positions >= 0).sum()) for layer in cache.layers] == [240, 96]
+        MODEL(TEXT[:, 60:80], past_key_values=cache, position_ids=torch.arange(60, 80)[None])
+    assert not any(layer.allotment.waiting for layer in cache.layers)
+    assert all(bool(layer.positions.amax(-1).eq(79).all()) for layer in cache.layers)
 
 
 # The scores of a repetition
