@@ -1,6 +1,7 @@
 """Needles: numbers that a text mentions once, and whether a cache finds them."""
 
 import json
+from unittest import mock
 
 import pytest
 import tiny
@@ -70,7 +71,9 @@ def test_a_full_cache_answers_as_generate_does_without_one(model, text):  # noqa
         full = DynamicCache(config=llama.config)
         assert recall.answer(llama, tokenizer, full, needle) == tokenizer.decode(expected)
         everything = LESSCache(llama, AttentionMatching(1000))
-        assert recall.answer(llama, tokenizer, everything, needle, twice=True) == tokenizer.decode(expected)
+        with mock.patch.object(LESSCache, "read", autospec=True, side_effect=LESSCache.read) as read:
+            assert recall.answer(llama, tokenizer, everything, needle, twice=True) == tokenizer.decode(expected)
+        assert read.call_count == 1
 
 
 def test_bytes_are_those_of_16_bit_numbers():
