@@ -576,7 +576,9 @@ def test_an_interrupted_prompt_is_not_held():
 
 @torch.no_grad()
 def test_a_step_decodes_its_slots_once():
-    """What a step reads of the slots is decoded once for keys and once for values, unless it ends with a choice. C++ reads codes."""
+    """What a step reads of the slots is decoded once for keys and once for values, unless it ends with a choice; C++ reads
+    codes.
+    """
     cache = LESSCache(MODEL, AttentionMatching(12, every=8), slots="int4")
     MODEL(TEXT[:, :40], past_key_values=cache)
     decoded = []

@@ -27,9 +27,9 @@ class Backend(Protocol):
     def can_attend(self, setup: Setup, held: Held, call: AttentionCall) -> bool:
         """Whether `attend` knows how to attend with the one token of `call`."""
 
-    def attend(self, setup: Setup, held: Held, call: AttentionCall) -> torch.Tensor | None:
-        """Attention of one token a row to what is held and itself, under a policy that chooses in blocks: `[b, h, 1, w]`, and
-        nothing else changes; None where it cannot.
+    def attend(self, setup: Setup, held: Held, call: AttentionCall, takes: bool) -> torch.Tensor | None:
+        """Attention of one token a row to what is held and itself, under a policy that chooses in blocks: `[b, h, 1, w]`; None
+        where it cannot, with nothing done. `takes`: the token is counted, and goes to the newest ones.
         """
 
     def can_read(self, policy: EvictionPolicy, call: AttentionCall) -> bool:

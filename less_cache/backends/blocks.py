@@ -45,19 +45,18 @@ def read_next(
     policy, rows, newest = setup.policy, held.rows, held.newest
     n, ends = call.num_tokens, newest.count + call.num_tokens >= policy.block_size
     held.is_whole = held.is_whole and call.real is None
-    output = None
+    at, output = rows.seen.int().unsqueeze(-1), None  # [b, 1]
     if backend is not None and not _is_own(held, call) and backend.can_attend(setup, held, call):
-        output = backend.attend(setup, held, call)
-    if n == 1:
-        positions = rows.seen.int().unsqueeze(-1)  # [b, n], as below
-        positions = positions if call.real is None else positions.masked_fill(~call.real, -1)
-        rows.step(True if call.real is None else call.real.squeeze(-1))
+        output = backend.attend(setup, held, call, takes=not ends)
+    if n > 1:
+        positions = rows.read(call.real_tokens, policy, setup.shares)  # [b, n]
     else:
-        positions = rows.read(call.real_tokens, policy, setup.shares)
+        positions = at if call.real is None else at.masked_fill(~call.real, -1)
     held.asked.put(call.query_states, positions)
     if output is not None and not ends:
-        newest.put(call.query_states, call.key_states, call.value_states, positions)
         return output, None
+    if n == 1:
+        rows.step(True if call.real is None else call.real.squeeze(-1))
     real, came = call.real_tokens, (newest.positions >= 0).sum(-1)  # [b, n], [b]
     columns = held.slots.columns().followed_by(newest.tokens(), (call.key_states, call.value_states, positions))
     if output is None:

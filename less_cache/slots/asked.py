@@ -10,8 +10,8 @@ import torch
 
 from less_cache.slots.formats import QueryCodes
 
-PLACES = 16  # queries of a head that are held: enough where a policy remembers the scores of earlier choices
-STRIDE = 32  # tokens from one that is held to the next
+PLACES = 8  # queries of a head that are held: enough where a policy remembers the scores of earlier choices
+STRIDE = 64  # tokens from one that is held to the next
 OF_ASKED = ("codes", "scales", "positions")  # its tensors
 
 
@@ -45,6 +45,10 @@ class Asked:
         `STRIDE`.
         """
         s = self.positions.shape[1]
+        if positions.is_cpu and positions.shape[-1] == 1 and not torch.compiler.is_compiling():
+            turns_of_heads = {turn * STRIDE // s for turn in range(s)}
+            if not any(position >= 0 and position % STRIDE in turns_of_heads for position in positions.flatten().tolist()):
+                return
         latest = positions.amax(dim=-1, keepdim=True)  # [b, 1]
         near = (positions >= 0) & (positions > latest - PLACES * STRIDE)  # at most one a place
         turns = torch.arange(s, device=positions.device) * STRIDE // s

@@ -50,6 +50,17 @@ class Newest:
         self.query_codes = torch.cat([self.query_codes, codes], dim=2)
         self.query_scales = torch.cat([self.query_scales, scales], dim=2)
 
+    def longer(self) -> "Newest":
+        """Room for these and one token more; nothing is in it yet."""
+        (b, g, e, d), h, w = self.keys.shape, self.query_codes.shape[1], self.values.shape[-1]
+        return Newest(
+            self.keys.new_empty(b, g, e + 1, d),
+            self.values.new_empty(b, g, e + 1, w),
+            self.positions.new_empty(b, e + 1),
+            self.query_codes.new_empty(b, h, e + 1, self.query_codes.shape[-1]),
+            self.query_scales.new_empty(b, h, e + 1, 1),
+        )
+
     def queries(self, dtype: torch.dtype) -> torch.Tensor:
         """What the tokens asked, `[b, h, e, d]`, in two bits a number."""
         return QueryCodes.decode(self.query_codes, self.query_scales, self.keys.shape[-1], dtype)

@@ -1,5 +1,5 @@
 // Attention of one token a row to what a policy that chooses in blocks holds, on a processor: what `backends.blocks` does between
-// two choices. `bridge.py` calls it. Kept tokens in codes are read as they lie, each once, and never held decoded.
+// two choices. `attending.py` calls it. Kept tokens in codes are read as they lie, each once, and never held decoded.
 //
 //     output = Σ_j e^(l_j − largest) v_j / Σ_j e^(l_j − largest)    j: kept tokens, newest ones, the new one, virtual tokens
 //
@@ -379,6 +379,69 @@ void put_together(const Attend &a, int64_t query_head, float *room, int64_t part
     });
 }
 
+// The newest states of a KV head, [e, n], and the new one, given as numbers.
+void append(const Attend &a, const void *newest, const float *state, int64_t head, int64_t n, void *taken) {
+    by_type(a.newest_dtype, newest, [&](auto before) {
+        const auto to = static_cast<std::decay_t<decltype(*before)> *>(taken) + head * (a.e + 1) * n;
+        std::copy(before + head * a.e * n, before + (head + 1) * a.e * n, to);
+        const float most = a.newest_dtype == DTYPE_FLOAT16 && a.dtype != DTYPE_FLOAT16 ? 65504.0f : INFINITE;
+        for (int64_t i = 0; i < n; i++) narrow(state[i] < -most ? -most : state[i] > most ? most : state[i], to[a.e * n + i]);
+    });
+}
+
+// What a query head asks, [d], which is overwritten, in two bits a number, as `slots.formats.QueryCodes`.
+void encode(const Attend &a, float *query, uint8_t *codes, float16 &scale) {
+    const int64_t d = a.d, bytes = (d + 3) / 4;
+    const float factor = 1 / std::sqrt(float(hadamard_size(d)));
+    hadamard<0>(query, d);
+    float square = 0;
+    for (int64_t i = 0; i < d; i++) query[i] *= factor, square += query[i] * query[i];
+    narrow(std::min(std::sqrt(square / float(d)), 65504.0f), scale);
+    const float divisor = widen(scale) != 0 ? widen(scale) : 1.0f;
+    std::fill(codes, codes + bytes, uint8_t(0));
+    for (int64_t i = 0; i < d; i++) {
+        int code = 0;
+        for (int level = 0; level < 3; level++)
+            code += query[i] / divisor > (a.query_levels[level] + a.query_levels[level + 1]) / 2;
+        codes[i % bytes] |= uint8_t(code << 2 * (i / bytes));
+    }
+}
+
+// One KV head takes the new token in, behind the newest ones.
+void take_in(const Attend &a, int64_t head) {
+    const int64_t d = a.d, w = a.w, e = a.e, bytes = (d + 3) / 4;
+    static thread_local std::vector<float> buffer;
+    buffer.resize(std::max(d, w));
+    float *state = buffer.data();
+    const auto given = [&](const void *states, int64_t index, int64_t n) {
+        by_type(a.dtype, states, [&](auto typed) {
+            for (int64_t i = 0; i < n; i++) state[i] = widen(typed[index * n + i]);
+        });
+        return state;
+    };
+    append(a, a.newest_keys, given(a.key, head, d), head, d, a.taken_keys);
+    append(a, a.newest_values, given(a.value, head, w), head, w, a.taken_values);
+    for (int64_t h = head * a.s; h < (head + 1) * a.s; h++) {
+        uint8_t *codes = a.taken_codes + h * (e + 1) * bytes;
+        float16 *scales = a.taken_scales + h * (e + 1);
+        std::copy(a.newest_codes + h * e * bytes, a.newest_codes + (h + 1) * e * bytes, codes);
+        std::copy(a.newest_scales + h * e, a.newest_scales + (h + 1) * e, scales);
+        encode(a, given(a.query, h, d), codes + e * bytes, scales[e]);
+    }
+}
+
+// The rows count the new token, where it is one.
+void count(const Attend &a) {
+    for (int64_t row = 0; row < a.b; row++) {
+        const bool arrives = !a.real || a.real[row];
+        int32_t *positions = a.taken_positions + row * (a.e + 1);
+        std::copy(a.newest_positions + row * a.e, a.newest_positions + (row + 1) * a.e, positions);
+        positions[a.e] = arrives ? int32_t(a.seen[row]) : -1;
+        a.settled[row] |= a.seen[row] > 0 && arrives;
+        a.seen[row] += arrives;
+    }
+}
+
 // Every thread goes through as many slots as the others, wherever heads begin: some of a head, or several heads.
 template <int D> void run(const Attend &a) {
     const int64_t heads = a.b * a.g, threads = std::max<int64_t>(1, std::min(a.threads, a.n / LEAST_SLOTS));
@@ -413,7 +476,10 @@ template <int D> void run(const Attend &a) {
             const int64_t first = of_heads[query_head / a.s], last = of_heads[query_head / a.s + 1];
             put_together(a, query_head, room + first * Sums::size(a), last - first);
         }
+#pragma omp for
+        for (int64_t head = 0; head < (a.taken_keys ? heads : 0); head++) take_in(a, head);
     }
+    if (a.taken_keys) count(a);
 }
 
 // Whether heads of different sizes lie one after the other, within the tensors, and each has a slot.
@@ -427,7 +493,7 @@ bool is_sound(const Attend &a) {
 
 } // namespace
 
-// Whether the output was computed.
+// Whether the token was read; if not, nothing has changed.
 extern "C" bool less_attend(const Attend *attend) {
     if (!is_sound(*attend)) return false;
     const int64_t d = attend->d == attend->w ? attend->d : 0;

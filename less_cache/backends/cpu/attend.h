@@ -1,4 +1,4 @@
-// Attention of one token a row to what a policy that chooses in blocks holds, as `bridge.py` hands it over.
+// Attention of one token a row to what a policy that chooses in blocks holds, as `attending.py` hands it over.
 //
 // Axes: b rows, g KV heads, s query heads per KV head, N slots of all heads, e newest tokens, d head dim, w width of values, r
 // virtual tokens, p pairs of numbers that RoPE turns. Tensors lie dense, in this order.
@@ -35,6 +35,17 @@ struct Attend {
     const void *newest_keys;                      // [b, g, e, d]
     const void *newest_values;                    // [b, g, e, w]
     const int32_t *newest_positions;              // [b, e], -1: padding
+    const uint8_t *newest_codes;                  // [b, g, s, e, d/4], rounded up, of their queries
+    const float16 *newest_scales;                 // [b, g, s, e]
+    const float *query_levels;                    // of the queries' codes
+    const bool *real;                             // [b], which tokens are not padding, or null: all
+    int64_t *seen;                                // [b], in place
+    bool *settled;                                // [b], in place
+    void *taken_keys;                             // [b, g, e + 1, d], the newest ones and the new one; null: it is not taken in
+    void *taken_values;                           // [b, g, e + 1, w]
+    int32_t *taken_positions;                     // [b, e + 1]
+    uint8_t *taken_codes;                         // [b, g, s, e + 1, d/4]
+    float16 *taken_scales;                        // [b, g, s, e + 1]
     const float *counts;                          // [b, g, r], tokens of each centroid; or logits of the state, [b, g, s, r]
     const void *state_keys;                       // [b, g, r, d], sums, or means in 16 bits
     const void *state_values;                     // [b, g, r, w], sums, or means in 16 bits; or means

@@ -19,8 +19,8 @@ from less_cache.backends.reading import virtual_tokens
 from less_cache.memory import LayerCentroids
 from less_cache.memory.centroids import PackedCentroids
 from less_cache.ops.call import AttentionCall
-from less_cache.slots import Coding, Held, Setup
-from less_cache.slots.formats import GROUP, FloatSlots, Int4Slots
+from less_cache.slots import Coding, Held, Newest, Setup
+from less_cache.slots.formats import GROUP, FloatSlots, Int4Slots, QuantizedSlots, QueryCodes
 
 
 def can_attend(setup: Setup, held: Held, call: AttentionCall) -> bool:
@@ -40,10 +40,19 @@ def can_attend(setup: Setup, held: Held, call: AttentionCall) -> bool:
         (call.value_states, dtype, (b, g, 1, w)),
         (newest.keys, newest.keys.dtype, (b, g, newest.count, d)),
         (newest.values, newest.keys.dtype, (b, g, newest.count, w)),
+        (newest.query_codes, torch.uint8, (b, h, newest.count, -(-d // 4))),
+        (newest.query_scales, torch.float16, (b, h, newest.count, 1)),
     ]
+    if call.real is not None:
+        expected.append((call.real, torch.bool, (b, 1)))
     if call.sinks is not None:
         expected.append((call.sinks, call.sinks.dtype, (h,)))
-    of_slots: list[Expected] = [(slots.positions, torch.int32, where), (newest.positions, torch.int32, (b, newest.count))]
+    of_slots: list[Expected] = [
+        (slots.positions, torch.int32, where),
+        (newest.positions, torch.int32, (b, newest.count)),
+        (held.rows.seen, torch.int64, (b,)),
+        (held.rows.settled, torch.bool, (b,)),
+    ]
     if slots.bias is not None:
         is_half = slots.bias.dtype == torch.float16
         of_slots.append((slots.bias, torch.float16 if is_half else torch.float32, where))
@@ -95,16 +104,18 @@ def _expected_of_centroids(memory: Any, state: Any, b: int, g: int, d: int, w: i
     ]
 
 
-def attend(setup: Setup, held: Held, call: AttentionCall) -> torch.Tensor | None:
+def attend(setup: Setup, held: Held, call: AttentionCall, takes: bool) -> torch.Tensor | None:
     """Attention of one token a row, where `can_attend` said yes: `[b, h, 1, w]`; None where the slots of heads do not lie one
-    after the other.
+    after the other, and nothing was done. `takes`: the token is counted, and goes to the newest ones.
     """
     library = build.library()
     assert library is not None, "`can_attend` says whether it is there"
     slots, newest, coding = held.slots, held.newest, held.slots.coding
     (b, h, _, d), (_, g, _, w) = call.query_states.shape, call.value_states.shape
-    states = call.query_states, call.key_states, call.value_states, newest.keys, newest.values
-    query_states, key_states, value_states, newest_keys, newest_values = (each.contiguous() for each in states)
+    states = call.query_states, call.key_states, call.value_states
+    query_states, key_states, value_states = (each.contiguous() for each in states)
+    newest = Newest(*[each.contiguous() for each in vars(newest).values()])
+    real = None if call.real is None else call.real.contiguous()
     sinks = None if call.sinks is None else call.sinks.detach().float().contiguous()
     output = value_states.new_empty(b, h, 1, w)
     arguments = Attend(
@@ -117,7 +128,7 @@ def attend(setup: Setup, held: Held, call: AttentionCall) -> torch.Tensor | None
         w=w,
         threads=torch.get_num_threads(),
         dtype=ATTENDED_DTYPES[value_states.dtype],
-        newest_dtype=ATTENDED_DTYPES[newest_keys.dtype],
+        newest_dtype=ATTENDED_DTYPES[newest.keys.dtype],
         bias_dtype=ATTENDED_DTYPES[torch.float32 if slots.bias is None else slots.bias.dtype],
         format=FORMATS[type(coding.format)],
         scaling=call.scaling,
@@ -129,9 +140,15 @@ def attend(setup: Setup, held: Held, call: AttentionCall) -> torch.Tensor | None
         starts=address(slots.starts),
         positions=slots.positions.data_ptr(),
         bias=address(slots.bias),
-        newest_keys=newest_keys.data_ptr(),
-        newest_values=newest_values.data_ptr(),
+        newest_keys=newest.keys.data_ptr(),
+        newest_values=newest.values.data_ptr(),
         newest_positions=newest.positions.data_ptr(),
+        newest_codes=newest.query_codes.data_ptr(),
+        newest_scales=newest.query_scales.data_ptr(),
+        query_levels=QueryCodes.levels.data_ptr(),
+        real=address(real),
+        seen=held.rows.seen.data_ptr(),
+        settled=held.rows.settled.data_ptr(),
         output=output.data_ptr(),
     )
     if type(coding.format) is FloatSlots:
@@ -147,12 +164,23 @@ def attend(setup: Setup, held: Held, call: AttentionCall) -> torch.Tensor | None
         logits, values = (each.contiguous() for each in virtual)  # [b, g, s, 1, r], [b, g, r, w]
         arguments.state, arguments.r = STATES["logits"], logits.shape[-1]
         arguments.counts, arguments.state_values = logits.data_ptr(), values.data_ptr()
-    return output if library.less_attend(ctypes.byref(arguments)) else None
+    taken = None
+    if takes:
+        taken = newest.longer()
+        arguments.taken_keys, arguments.taken_values = taken.keys.data_ptr(), taken.values.data_ptr()
+        arguments.taken_positions = taken.positions.data_ptr()
+        arguments.taken_codes, arguments.taken_scales = taken.query_codes.data_ptr(), taken.query_scales.data_ptr()
+    if not library.less_attend(ctypes.byref(arguments)):
+        return None
+    if taken is not None:
+        held.newest = taken
+    return output
 
 
 def _hand_over_codes(arguments: Attend, stored: dict[str, torch.Tensor], coding: Coding) -> None:
     arguments.keys, arguments.key_scales = stored["keys_codes"].data_ptr(), stored["keys_scales"].data_ptr()
     arguments.values, arguments.value_scales = stored["values_codes"].data_ptr(), stored["values_scales"].data_ptr()
+    assert isinstance(coding.format, QuantizedSlots), "`can_attend` knows no other format with codes"
     arguments.levels = coding.format.levels.data_ptr()
     arguments.centers = address(coding.centers)
     arguments.first_keys, arguments.first_values = address(coding.first_keys), address(coding.first_values)

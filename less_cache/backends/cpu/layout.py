@@ -77,6 +77,9 @@ class Attend(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("centers", "first_keys", "first_values")),
         *((name, ctypes.c_void_p) for name in ("pairs", "angles", "gains")),
         *((name, ctypes.c_void_p) for name in ("newest_keys", "newest_values", "newest_positions")),
+        *((name, ctypes.c_void_p) for name in ("newest_codes", "newest_scales", "query_levels")),
+        *((name, ctypes.c_void_p) for name in ("real", "seen", "settled")),
+        *((f"taken_{name}", ctypes.c_void_p) for name in ("keys", "values", "positions", "codes", "scales")),
         *((name, ctypes.c_void_p) for name in ("counts", "state_keys", "state_values", "spreads", "output")),
     ]
 
