@@ -456,8 +456,8 @@ def test_queries_turn_as_the_config_says(model):
 
 
 def test_the_kernels_of_hub_win_back_more_than_anything_else(model, tokenizer):
-    """Of what H2O loses, with the tokens that it keeps; a fitted cache of the bytes of these is nearer still. And they are small
-    enough to ship.
+    """Of what H2O loses, with the tokens that it keeps; a fitted cache of the bytes of these wins back some as well. And they
+    are small enough to ship.
     """
     tokens, known = stretches([CHAPTER], tokenizer, 6, 256 + 24), []
     folders = sorted(KERNELS.parent.glob("smollm2-135m-instruct-*"))

@@ -4,6 +4,7 @@ Axes: `b` sequences at once, `p` prompt tokens, `n` decoded tokens.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -107,10 +108,10 @@ def measure(
     for index, (name, used, _) in enumerate(contenders):
         if rows[index] is None:
             rows[index] = _measurement(name, None if used is None else used.to_dict(), scores[index])
-    full, alone, *others = rows
-    if (lost := alone.perplexity - full.perplexity) > 0:
+    dense, alone, *others = [row for row in rows if row is not None]
+    if (lost := alone.perplexity - dense.perplexity) > 0:
         others = [dataclasses.replace(row, gap_recovered=(alone.perplexity - row.perplexity) / lost) for row in others]
-    return [full, alone, *others]
+    return [dense, alone, *others]
 
 
 WITH_KERNELS = ("less", "fitted, trained")
@@ -141,8 +142,8 @@ def list_contenders(
     for name, state in (("fitted", untrained), ("fitted, trained", kernels)):
         if state is not None:
             fitted = spending.worth(int(capacity), geometry(model.config), format_of(SLOTS), state, EVERY)
-            options = {"policy": fitted, "kernels": state, "heads": "adaptive", "slots": SLOTS}
-            contenders.append((name, fitted, lambda options=options: LESSCache(model, **options)))
+            make = functools.partial(LESSCache, model, fitted, state, heads="adaptive", slots=SLOTS)
+            contenders.append((name, fitted, make))
     return contenders
 
 

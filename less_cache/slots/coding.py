@@ -73,11 +73,12 @@ class Coding:
             return self
         is_first = positions == 0
         there, at = is_first.any(-1)[..., None, None], is_first.int().argmax(-1)[..., None, None]
-        first = {"first_keys": keys, "first_values": values}
-        for name, states in first.items():
-            met, before = in_16_bits(states.gather(2, at.expand(-1, -1, 1, states.shape[-1]))), getattr(self, name)
-            first[name] = met.where(there, 0 if before is None else before)
-        return dataclasses.replace(self, **first)
+
+        def first(states: torch.Tensor, before: torch.Tensor | None) -> torch.Tensor:
+            met = in_16_bits(states.gather(2, at.expand(-1, -1, 1, states.shape[-1])))
+            return met.where(there, 0 if before is None else before)
+
+        return self._with({"first_keys": first(keys, self.first_keys), "first_values": first(values, self.first_values)})
 
     def with_first(self, states: torch.Tensor, positions: torch.Tensor, of: str) -> torch.Tensor:
         """Decoded keys or values `[b, g, c, *]`, the first token's as they came; `of`: `keys` or `values`."""
@@ -100,7 +101,10 @@ class Coding:
 
     def map(self, change: Callable[[str, torch.Tensor], torch.Tensor]) -> "Coding":
         """The same with every tensor changed, by its name."""
-        return dataclasses.replace(self, **{name: change(name, tensor) for name, tensor in self.tensors().items()})
+        return self._with({name: change(name, tensor) for name, tensor in self.tensors().items()})
+
+    def _with(self, tensors: dict[str, Any]) -> "Coding":
+        return dataclasses.replace(self, **tensors)
 
     def _decoded(self, stored: Mapping[str, torch.Tensor], of: str, dtype: torch.dtype) -> torch.Tensor:
         parts = {part: stored[stored_name(of, part)] for part in self.format.parts}

@@ -132,11 +132,10 @@ class Slots:
         b: int,
         capacity: torch.Tensor | None,
     ) -> "Slots":
-        """The slots that `tensors` gave these of; `b`: rows, `capacity` as in `keep`, of the `coding` all but the centers."""
+        """The slots that `tensors` gave these of; `b`: rows, `capacity` as in `keep`, `coding`: without its tensors."""
         starts = tensors.get("starts")
-        coding = (
-            coding if coding.format.is_exact else dataclasses.replace(coding, **{name: tensors[name] for name in OF_CODING})
-        )
+        if not coding.format.is_exact:
+            coding = Coding(coding.format, rotation=coding.rotation, **{name: tensors[name] for name in OF_CODING})
         stored = {name: tensors[name] for name in coding.format.names()}
         sizes = None if starts is None else starts.diff().view(b, -1).cpu()
         slots = cls(coding, dtype, stored, tensors["positions"], tensors["scores"], tensors.get("bias"), starts, sizes, room=0)
