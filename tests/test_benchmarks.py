@@ -111,6 +111,15 @@ def test_the_benchmark_of_a_step_after_long_texts(model, tmp_path, monkeypatch, 
     assert short["ratio"] == 1 and long["ratio"] > 0
 
 
+def test_the_benchmark_of_a_fitted_step(model, monkeypatch, capsys):  # noqa: F811
+    words = [model, "--kept", "10", "--batch", "1", "--rounds", "2", "--tokens", "32"]
+    *rows, choices = benchmark("fitted_step.py", words, monkeypatch, capsys)["results"]
+    assert [row["cache"] for row in rows] == ["DynamicCache", "H2O", "float", "int8", "int4", "int4, adaptive", "choices"]
+    held = {row["cache"]: row["bytes"] for row in rows}
+    assert held["int4"] < held["int8"] < held["float"] < held["DynamicCache"]
+    assert rows[1]["ratio"] == 1 and all(row["ratio"] > 0 for row in rows) and choices["choices_share"] < 1
+
+
 def test_the_benchmark_of_choices(model, text, tmp_path, monkeypatch, capsys):  # noqa: F811
     """Sets differ by their choice alone, and are not trained again by the same command."""
     text.write_text(text.read_text() * 10)
