@@ -22,6 +22,7 @@ from less_cache.hub import catalogue, publish
 from less_cache.integration.families import fingerprint
 from less_cache.kernels.folder import CONFIG_NAME, WEIGHTS_NAME
 from less_cache.kernels.head_budgets import BUDGETS_NAME, FORMAT_VERSION
+from less_cache.slots import Setup, format_of
 
 MODEL = tiny.tiny_llama()
 TEXT = torch.randint(1, tiny.VOCAB, (2, 100), generator=torch.Generator().manual_seed(0))
@@ -528,3 +529,17 @@ def test_of_kernels_whose_config_says_otherwise(tmp_path):
     change_config(tmp_path, base_model_fingerprint="1" * 64)
     with pytest.raises(LESSError, match="different models: base_model_fingerprint"):
         LESSKernels.from_pretrained(tmp_path)
+
+
+def test_a_process_has_the_shares_of_its_heads(monkeypatch):
+    """Under tensor parallelism, in order; and what are shares of another model's heads is said."""
+    setup = Setup(H2O(2, 2), None, format_of("float"), torch.tensor([0.5, 1.5, 0.7, 1.3]))
+    device = torch.device("cpu")
+    with pytest.raises(LESSError, match="shares of the budget for 2 KV heads"):
+        setup.on(device, 2)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
+    own = setup.on(device, 2)
+    assert torch.equal(own.shares, torch.tensor([0.7, 1.3])) and own.on(device, 2).shares is not None
+    with pytest.raises(LESSError, match="shares of the budget for 3 KV heads"):
+        setup.on(device, 3)

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from less_cache.errors import LESSError
 from less_cache.memory import LayerMemory
 from less_cache.policies import EvictionPolicy
 from less_cache.slots.coding import Coding
@@ -54,6 +55,17 @@ class Setup:
     def on(self, device: torch.device, num_key_value_heads: int) -> "Setup":
         """This for the KV heads that this process has, on `device`: the user's kernels stay where they are."""
         memory = None if self.memory is None else self.memory.for_heads(num_key_value_heads).on(device)
-        shares = None if self.shares is None else self.shares.to(device)
+        shares = None if self.shares is None else self._part_of_shares(num_key_value_heads).to(device)
         rotation = None if self.rotation is None else self.rotation.to(device)
         return dataclasses.replace(self, memory=memory, shares=shares, rotation=rotation)
+
+    def _part_of_shares(self, num_key_value_heads: int) -> torch.Tensor:
+        """Those of the heads that this process has: under tensor parallelism an equal part of them, in order."""
+        assert self.shares is not None, "there are some"
+        parts, rest = divmod(len(self.shares), num_key_value_heads)
+        if rest or (parts != 1 and not torch.distributed.is_initialized()):
+            raise LESSError(
+                f"Expected shares of the budget for {num_key_value_heads} KV heads, as the model's attention has, got "
+                f"{len(self.shares)}. Pass heads= for this model."
+            )
+        return self.shares if parts == 1 else self.shares.chunk(parts)[torch.distributed.get_rank() % parts]
