@@ -7,8 +7,8 @@ from pathlib import Path
 
 PACKAGE = ["less_cache/__init__.py", "less_cache/py.typed", "less_cache/data/pride-and-prejudice-chapter-19.txt"]
 PACKAGE += ["less_cache/hub/custom_generate/generate.py", "less_cache/hub/custom_generate/requirements.txt"]
-NATIVE = ("step.cpp", "prompt.cpp", "step.h", "policies.h", "memories.h", "vector_math.h")
-PACKAGE += [f"less_cache/backends/cpu/{name}" for name in NATIVE]
+NATIVE = [path for path in Path("less_cache/backends/cpu").iterdir() if path.suffix in (".cpp", ".h")]
+PACKAGE += [path.as_posix() for path in NATIVE]
 WHEEL = [*PACKAGE, "licenses/LICENSE", "less_cache/hub/catalogue.json"]
 SDIST = [
     *PACKAGE,
