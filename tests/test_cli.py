@@ -167,7 +167,8 @@ def test_train_then_evaluate(model, text, tmp_path):
     assert report["dtype"] == "bfloat16" and report["machine"]["threads"] and report["versions"]["torch"]
     assert report["results"][1][1]["tokens"] == 12 and report["results"][1][0]["tokens"] == 47  # the last is not fed back
     assert report["results"][0][0] == report["results"][1][0]  # the full cache is the same, and measured once
-    assert [row["cache"] for row in report["results"][0]] == ["full", "policy", "baseline+", "baseline+", "untrained", "less"]
+    rows = ["full", "policy", "baseline+", "baseline+", "untrained", "less", "fitted", "fitted, trained"]
+    assert [row["cache"] for row in report["results"][0]] == rows
     assert report["results"][1][1]["policy"] == {"name": "h2o", "heavy": 6, "recent": 6}
 
 

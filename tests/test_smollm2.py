@@ -456,17 +456,14 @@ def test_queries_turn_as_the_config_says(model):
 
 
 def test_the_kernels_of_hub_win_back_more_than_anything_else(model, tokenizer):
-    """Of what H2O loses, with the tokens that it keeps; a fitted cache of the bytes of these wins back some as well. And they
-    are small enough to ship.
-    """
+    """Of what H2O loses, with the tokens that it keeps; and are small enough to ship."""
     tokens, known = stretches([CHAPTER], tokenizer, 6, 256 + 24), []
     folders = sorted(KERNELS.parent.glob("smollm2-135m-instruct-*"))
     assert KERNELS in folders
     for folder in folders:
         kernels = LESSKernels.from_pretrained(folder)
         known = measure(model, tokens, H2O(8, 8), kernels, prompt_length=256, known=known)  # of caches without kernels
-        full, alone, *others, less, fitted, _ = known
-        assert less.cache == "less" and fitted.cache == "fitted"
+        full, alone, *others, less = [row for row in known if not row.cache.startswith("fitted")]
         assert full.perplexity < less.perplexity < min(row.perplexity for row in (alone, *others)), folder
-        assert max(fitted.divergence, less.divergence) < alone.divergence
+        assert less.divergence < alone.divergence
         assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) < 8e6, folder

@@ -113,8 +113,9 @@ class Held:
 
 
 def renumbered(positions: torch.Tensor, moved: torch.Tensor) -> torch.Tensor:
-    """Positions `[b, n]` in their rows, counted anew: the token at position p is at `moved[row, p]` now; -1: it leaves."""
-    return moved.gather(-1, positions.clamp_min(0).long()).masked_fill(positions < 0, -1)
+    """Positions `[b, *]` in their rows, counted anew: the token at position p is at `moved[row, p]` now; -1: it leaves."""
+    at = moved.gather(-1, positions.clamp_min(0).long().flatten(1))
+    return at.view(positions.shape).masked_fill(positions < 0, -1)
 
 
 def _map_state(state: Any, change: Callable[[str, torch.Tensor], torch.Tensor]) -> Any:

@@ -204,6 +204,8 @@ class Slots:
         """
         at = slots.unsqueeze(-1) if self.starts is None else self._at(slots).clamp_max(self.positions.shape[0] - 1)
         gathered = {name: self._gather(tensor, at) for name, tensor in self.stored.items()}
+        if self.coding.format.is_exact:  # in few operations
+            return gathered["keys"], gathered["values"]
         positions = self.positions.gather(-1, slots) if self.starts is None else self.positions[at]
         keys, values = self.coding.keys(gathered, positions, self.dtype), self.coding.values(gathered, self.dtype)
         return self.coding.with_first(keys, positions, "keys"), self.coding.with_first(values, positions, "values")

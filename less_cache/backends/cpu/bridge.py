@@ -2,8 +2,8 @@
 
 `step.cpp` takes a whole step, for which PyTorch needs 60 to 200 small operations: the new token, attention over slots and
 virtual tokens, scores, who leaves, φ, ψ and the state. `prompt.cpp` gives the output of attention to a prompt and the attention
-that each token got, in about the time of torch's attention alone. The C++ compiler of the machine builds both once, in a few
-seconds (`build.py`); where there is none, PyTorch does it all.
+that each token got, in about the time of torch's attention alone. The C++ compiler of the machine builds all of it once, in
+less than a minute (`build.py`); where there is none, PyTorch does it all.
 
 `backends.torch.step` and `ops.prompt.read_prompt` are the oracles, and do what `can_step` and `can_read` refuse. Their rules
 stand in C++ a second time: those of `ops.attention.less_attention`, of the policies in `layout.POLICIES`, and φ, ψ and the
