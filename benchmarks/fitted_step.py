@@ -8,6 +8,7 @@ the choices take. All take turns in every round. Prints a table, and one JSON li
 of the same round, median.
 """
 
+import copy
 import dataclasses
 import functools
 import time
@@ -90,7 +91,7 @@ def measure(model, kept: int, batch: int, rounds: int, tokens: int) -> tuple[dic
     held = {name: cache_bytes(cache) for name, cache in caches.items()}
 
     def run(cache: Cache) -> float:
-        own = cache.fork() if isinstance(cache, LESSCache) else _copied(cache)
+        own = copy.deepcopy(cache)
         start = time.perf_counter()
         for token in fed.split(1, dim=1):
             model(token, past_key_values=own)
@@ -98,13 +99,6 @@ def measure(model, kept: int, batch: int, rounds: int, tokens: int) -> tuple[dic
 
     runs: dict[str, Callable[[], float]] = {name: functools.partial(run, cache) for name, cache in caches.items()}
     return alternate(runs, rounds), held
-
-
-def _copied(cache: Cache) -> Cache:
-    other = DynamicCache()
-    for index, layer in enumerate(cache.layers):
-        other.update(layer.keys.clone(), layer.values.clone(), index)
-    return other
 
 
 if __name__ == "__main__":

@@ -222,7 +222,7 @@ def test_codes_stay_from_choice_to_choice(name, dtype, seed):
 @given(SEEDS)
 def test_keys_are_stored_less_their_mean(seed):
     """Which most of them share: what is left is smaller, and so is the error."""
-    _, keys, values = tiny.random_states(2, 2, 2, 20, 16, seed=seed)
+    keys, _, values = tiny.random_states(2, 2, 2, 20, 16, seed=seed)  # no key is much longer than the others
     keys = keys + 5
     columns = Columns(keys, values, torch.arange(20, dtype=torch.int32).expand(2, 2, 20), torch.zeros(2, 2, 20))
     kept = torch.ones(2, 2, 20, dtype=torch.bool)
@@ -230,7 +230,7 @@ def test_keys_are_stored_less_their_mean(seed):
         (Slots.chosen(columns, kept, Coding(format_of("int4"), centers)).keys - keys).square().mean()
         for centers in (keys.mean(2, keepdim=True), None)
     ]
-    assert errors[0] < 0.75 * errors[1]
+    assert errors[0] < errors[1] / 2
 
 
 def test_centers_take_16_bits_and_stay_finite():

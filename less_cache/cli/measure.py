@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from less_cache.bench.options import CACHES, DEFAULTS, BenchOptions
-from less_cache.cli.options import parse_budget, parse_memory, parse_name, parse_path
+from less_cache.cli.options import Dtype, Model, Report, Texts, parse_budget, parse_memory, parse_name, parse_path
 from less_cache.policies import POLICIES
 
 app = typer.Typer()
@@ -21,10 +21,8 @@ def measure() -> None:
 
 @evaluations.command()
 def perplexity(
-    model: Annotated[str, typer.Argument(parser=parse_name, metavar="MODEL", help="Folder, .gguf file or Hub id.")],
-    data: Annotated[
-        list[Path], typer.Option(parser=parse_path, metavar="FILE", help="UTF-8 text; several share the sequences.")
-    ],
+    model: Model,
+    data: Texts,
     budgets: Annotated[
         list[str],
         typer.Option("--budget", metavar="SIZE", help="Tokens that stay per KV head, or a share of the prompt; repeatable."),
@@ -37,14 +35,12 @@ def perplexity(
     prompt_length: Annotated[int, typer.Option(min=2, help="Tokens read at once at the start of each.")] = 512,
     decoded: Annotated[int, typer.Option(min=1, help="Tokens scored after the prompt, one by one.")] = 128,
     batch_size: Annotated[int, typer.Option(min=1, help="Sequences at once.")] = 8,
-    dtype: Annotated[str, typer.Option(help="Of the model's weights: float32, bfloat16 or float16.")] = "float32",
+    dtype: Dtype = "float32",
     known: Annotated[
         Path | None,
         typer.Option(parser=parse_path, metavar="FILE", help="Report on the same text: all but LESS is taken from it."),
     ] = None,
-    output: Annotated[
-        Path | None, typer.Option(parser=parse_path, metavar="FILE", help="Write the JSON line here too.")
-    ] = None,
+    output: Report = None,
     plot: Annotated[
         Path | None, typer.Option(parser=parse_path, metavar="FILE", help="Draw perplexity over bytes, such as perplexity.png.")
     ] = None,
@@ -62,10 +58,8 @@ def perplexity(
 
 @app.command()
 def profile(
-    model: Annotated[str, typer.Argument(parser=parse_name, metavar="MODEL", help="Folder, .gguf file or Hub id.")],
-    data: Annotated[
-        list[Path], typer.Option(parser=parse_path, metavar="FILE", help="UTF-8 text; several share the sequences.")
-    ],
+    model: Model,
+    data: Texts,
     output: Annotated[
         Path, typer.Option(parser=parse_path, metavar="DIR", help="Folder for head_budgets.json: a new one, or of kernels.")
     ],
@@ -78,7 +72,7 @@ def profile(
     sequences: Annotated[int, typer.Option(min=1, help="Stretches of text, evenly spaced.")] = 64,
     prompt_length: Annotated[int, typer.Option(min=2, help="Tokens of each.")] = 1024,
     batch_size: Annotated[int, typer.Option(min=1, help="Sequences at once.")] = 4,
-    dtype: Annotated[str, typer.Option(help="Of the model's weights: float32, bfloat16 or float16.")] = "float32",
+    dtype: Dtype = "float32",
     base_model: Annotated[
         str | None,
         typer.Option(metavar="ID", help="Hub id of the model. Default: that of the kernels in the folder, or MODEL."),
@@ -92,7 +86,7 @@ def profile(
 
 @evaluations.command()
 def recall(
-    model: Annotated[str, typer.Argument(parser=parse_name, metavar="MODEL", help="Folder, .gguf file or Hub id.")],
+    model: Model,
     data: Annotated[list[Path], typer.Option(parser=parse_path, metavar="FILE", help="UTF-8 text; several take turns.")],
     budgets: Annotated[
         list[float], typer.Option("--budget", metavar="SHARE", help="Of a 16-bit full cache's bytes, such as 0.1; repeatable.")
@@ -100,11 +94,9 @@ def recall(
     length: Annotated[int, typer.Option(min=64, metavar="TOKENS", help="Of each text, the number included.")] = 1024,
     needles: Annotated[int, typer.Option(min=1, help="Numbers, each in a stretch of its own, at all depths.")] = 20,
     decoded: Annotated[int, typer.Option(min=0, metavar="TOKENS", help="Of the text, one by one, before the question.")] = 0,
-    dtype: Annotated[str, typer.Option(help="Of the model's weights: float32, bfloat16 or float16.")] = "float32",
+    dtype: Dtype = "float32",
     seed: Annotated[int, typer.Option(help="Of stretches, words and numbers.")] = 0,
-    output: Annotated[
-        Path | None, typer.Option(parser=parse_path, metavar="FILE", help="Write the JSON line here too.")
-    ] = None,
+    output: Report = None,
 ) -> None:
     """Numbers found that a text mentions once: full cache, H2O, LESS, and LESS that has read the text twice."""
     from less_cache.evaluation.recall_command import run
@@ -176,9 +168,7 @@ def bench(
         bool | None, typer.Option("--compile", help="In decode and batch: torch.compile where the cache is static.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Of random weights and tokens.")] = 0,
-    output: Annotated[
-        Path | None, typer.Option(parser=parse_path, metavar="FILE", help="Write the JSON line here too.")
-    ] = None,
+    output: Report = None,
     plot: Annotated[
         Path | None, typer.Option(parser=parse_path, metavar="FILE", help="Draw a plot, such as decode.png.")
     ] = None,

@@ -19,6 +19,10 @@ def parse_name(text: str) -> str:
     return os.path.expanduser(text)
 
 
+Model = Annotated[str, typer.Argument(parser=parse_name, metavar="MODEL", help="Folder, .gguf file or Hub id.")]
+Texts = Annotated[list[Path], typer.Option(parser=parse_path, metavar="FILE", help="UTF-8 text; several share the sequences.")]
+Dtype = Annotated[str, typer.Option(help="Of the model's weights: float32, bfloat16 or float16.")]
+Report = Annotated[Path | None, typer.Option(parser=parse_path, metavar="FILE", help="Write the JSON line here too.")]
 Name = Annotated[str, typer.Argument(parser=parse_name, metavar="NAME", help="Folder of kernels, or Hub id.")]
 Folder = Annotated[Path, typer.Argument(parser=parse_path, metavar="FOLDER", help="Folder of kernels.")]
 Revision = Annotated[str | None, typer.Option(metavar="REVISION", help="Branch, tag or commit of a repository.")]

@@ -14,7 +14,7 @@ from less_cache import models
 from less_cache.bench.command import without_folder
 from less_cache.cache.cache import LESSCache
 from less_cache.errors import LESSError
-from less_cache.evaluation import profile
+from less_cache.evaluation import profile, texts
 from less_cache.evaluation.perplexity import stretches
 from less_cache.files import atomic
 from less_cache.integration.families import fingerprint, full_attention_layers, geometry
@@ -80,9 +80,7 @@ def _checked(data: list[Path], output: Path, budget: int | float, sequences: int
     AttentionMatching.from_budget(budget)
     if budget >= prompt_length:
         raise LESSError(f"Expected a budget below the prompt of {prompt_length} tokens, got {budget}, which keeps all of them.")
-    for path in data:
-        if not path.is_file():
-            raise LESSError(f"Expected a text file, got {path}, which {'is no file' if path.exists() else 'does not exist'}.")
+    texts.check(data)
     if sequences < len(data):
         raise LESSError(f"Expected at least one sequence for each of {len(data)} texts, got {sequences}.")
     if output.exists() and not output.is_dir():

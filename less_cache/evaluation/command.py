@@ -13,6 +13,7 @@ from rich.table import Table
 
 from less_cache import models
 from less_cache.errors import LESSError
+from less_cache.evaluation import texts
 from less_cache.evaluation.perplexity import Measurement, list_contenders, measure, stretches
 from less_cache.evaluation.plot import draw
 from less_cache.integration.families import fingerprint
@@ -46,9 +47,7 @@ def run(
         make(budget)  # a wrong one is reported as it was given
     policies = [make(budget if isinstance(budget, int) else max(2, round(budget * prompt_length))) for budget in budgets]
     kernels = LESSKernels.from_pretrained(kernels_name) if kernels_name else None
-    for path in data:
-        if not path.is_file():  # reported before the model is loaded
-            raise LESSError(f"Expected a text file, got {path}, which {'is no file' if path.exists() else 'does not exist'}.")
+    texts.check(data)
     protocol = {
         "model": model_name,
         "data": [path.name for path in data],

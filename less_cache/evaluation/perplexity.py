@@ -16,6 +16,7 @@ from less_cache.cache import spending
 from less_cache.cache.cache import LESSCache
 from less_cache.cache.layer import LESSLayer
 from less_cache.errors import LESSError
+from less_cache.evaluation.texts import encoded
 from less_cache.integration.families import geometry
 from less_cache.kernels.kernels import LESSKernels
 from less_cache.policies import EvictionPolicy
@@ -61,11 +62,7 @@ def stretches(texts: Sequence[Path], tokenizer, count: int, length: int) -> torc
         raise LESSError(f"Expected at least one sequence for each of {len(texts)} texts, got {count}.")
     rows = []
     for index, path in enumerate(texts):
-        try:
-            text = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise LESSError(f"{path}: expected text in UTF-8, got: {error}. Save it as UTF-8.") from error
-        tokens = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        tokens = torch.tensor(encoded(path, tokenizer))
         share = count // len(texts) + (index < count % len(texts))
         if len(tokens) < length * share:
             raise LESSError(f"{path}: expected {share} stretches of {length} tokens, got {len(tokens)} tokens.")

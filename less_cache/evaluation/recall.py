@@ -14,6 +14,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 
 from less_cache.cache.cache import LESSCache
 from less_cache.errors import LESSError
+from less_cache.evaluation.texts import encoded
 from less_cache.policies import H2O
 
 # As RULER hides them (Hsieh et al., arXiv 2404.06654), but for the announcement before the text.
@@ -60,21 +61,18 @@ def needles(texts: Sequence[Path], tokenizer, count: int, length: int, decoded: 
     """`count` needles over all depths, each in a random stretch of one of the texts: prompts of `length` tokens."""
     draw = random.Random(seed)
 
-    def encoded(text: str) -> list[int]:
+    def tokens_of(text: str) -> list[int]:
         return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
     pages = []
     for path in texts:
-        try:
-            pages.append(encoded(path.read_text(encoding="utf-8")))
-        except UnicodeDecodeError as error:
-            raise LESSError(f"{path}: expected text in UTF-8, got: {error}. Save it as UTF-8.") from error
+        pages.append(encoded(path, tokenizer))
         if len(pages[-1]) < length + decoded:
             raise LESSError(f"{path}: expected at least {length + decoded} tokens, got {len(pages[-1])}.")
     hidden = []
     for index in range(count):
         word, number = draw.choice(WORDS), str(draw.randrange(1000, 10000))
-        page, needle = pages[index % len(pages)], encoded(NEEDLE.format(word=word, number=number))
+        page, needle = pages[index % len(pages)], tokens_of(NEEDLE.format(word=word, number=number))
         around = length - len(needle)
         if around < 1:
             raise LESSError(f"Expected a length of more than the {len(needle)} tokens of a needle, got {length}.")
@@ -82,7 +80,7 @@ def needles(texts: Sequence[Path], tokenizer, count: int, length: int, decoded: 
         at, end = start + int(depth * around), start + around
         prompt = torch.tensor([*page[start:at], *needle, *page[at:end]])
         following = torch.tensor(page[end : end + decoded], dtype=torch.long)
-        hidden.append(Needle(prompt, following, torch.tensor(encoded(QUESTION.format(word=word))), number, depth))
+        hidden.append(Needle(prompt, following, torch.tensor(tokens_of(QUESTION.format(word=word))), number, depth))
     return hidden
 
 

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from less_cache import models
 from less_cache.errors import LESSError
+from less_cache.evaluation import texts
 from less_cache.evaluation.recall import Measurement, measure, needles
 from less_cache.integration.families import fingerprint
 from less_cache.reports import machine, outputs
@@ -35,9 +36,7 @@ def run(
     for share in shares:
         if not 0 < share <= 1:
             raise LESSError(f"Expected --budget to be a share of a full cache's bytes, such as 0.1, got {share}.")
-    for path in data:
-        if not path.is_file():  # reported before the model is loaded
-            raise LESSError(f"Expected a text file, got {path}, which {'is no file' if path.exists() else 'does not exist'}.")
+    texts.check(data)
     model, tokenizer = models.load(model_name, dtype=weights_type)
     hidden = needles(data, tokenizer, count, length, decoded, seed)
     console = Console(highlight=False, stderr=True)
@@ -45,7 +44,7 @@ def run(
         task = progress.add_task("needles", total=(1 + 3 * len(shares)) * count)
         rows = measure(model, tokenizer, hidden, shares, functools.partial(progress.advance, task))
     console.print(table(rows, count))
-    texts = b"".join(needle.prompt.numpy().tobytes() for needle in hidden)
+    prompts = b"".join(needle.prompt.numpy().tobytes() for needle in hidden)
     report = {
         "model": Path(model_name).absolute().name if Path(model_name).exists() else model_name,
         "data": [path.name for path in data],
@@ -55,7 +54,7 @@ def run(
         "dtype": dtype,
         "seed": seed,
         "weights": fingerprint(model),
-        "tokens_sha256": hashlib.sha256(texts).hexdigest(),
+        "tokens_sha256": hashlib.sha256(prompts).hexdigest(),
         "less_cache": __version__,
         **machine.describe(model.device),
         "results": [dataclasses.asdict(row) for row in rows],

@@ -36,12 +36,7 @@ def check_kernels(
             f"The kernels are for other layers: the model's full-attention layers are {full_attention}, "
             f"the kernels' layers {described.layers}. Use kernels that were trained for this model."
         )
-    model_type = config.get_text_config(decoder=True).model_type
-    if described.model_type is not None and described.model_type != model_type:
-        raise LESSError(
-            f"The kernels are for another architecture: expected {model_type!r}, got {described.model_type!r}. "
-            "Use kernels that were trained for this model."
-        )
+    _check_model_type(described.model_type, config, "kernels", "Use kernels that were trained for this model.")
     if model is not None and described.base_model_fingerprint is not None:
         check_base_model(described.base_model, described.base_model_fingerprint, model)
 
@@ -57,14 +52,16 @@ def check_head_budgets(
             f"layers {full_attention}, got those of {budgets.num_key_value_heads} for the layers {budgets.layers}"
             f"{f' ({budgets.base_model})' if budgets.base_model else ''}. Measure them with less-cache profile."
         )
-    model_type = config.get_text_config(decoder=True).model_type
-    if budgets.model_type is not None and budgets.model_type != model_type:
-        raise LESSError(
-            f"The head budgets are for another architecture: expected {model_type!r}, got {budgets.model_type!r}. "
-            "Measure them with less-cache profile."
-        )
+    _check_model_type(budgets.model_type, config, "head budgets", "Measure them with less-cache profile.")
     if model is not None and budgets.base_model_fingerprint is not None:
         check_base_model(budgets.base_model, budgets.base_model_fingerprint, model, HEAD_BUDGETS)
+
+
+def _check_model_type(got: str | None, config: PreTrainedConfig, label: str, what_to_do: str) -> None:
+    """Raise unless what is called `label` is for the model's architecture, as far as it says."""
+    model_type = config.get_text_config(decoder=True).model_type
+    if got is not None and got != model_type:
+        raise LESSError(f"The {label} are for another architecture: expected {model_type!r}, got {got!r}. {what_to_do}")
 
 
 def check_base_model(name: str | None, wanted: str, model: PreTrainedModel, what: tuple[str, str, str] = KERNELS) -> None:

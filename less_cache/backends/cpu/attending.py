@@ -13,13 +13,13 @@ from typing import Any
 import torch
 
 from less_cache.backends.cpu import build
-from less_cache.backends.cpu.bridge import Expected, address, fit
+from less_cache.backends.cpu.bridge import Expected, address, dense, fit
 from less_cache.backends.cpu.layout import ATTENDED_DTYPES, FORMATS, STATES, Attend
 from less_cache.backends.reading import virtual_tokens
 from less_cache.memory import LayerCentroids
 from less_cache.memory.centroids import PackedCentroids
 from less_cache.ops.call import AttentionCall
-from less_cache.slots import Coding, Held, Newest, Setup
+from less_cache.slots import Coding, Held, Setup
 from less_cache.slots.formats import GROUP, FloatSlots, Int4Slots, QuantizedSlots, QueryCodes
 
 
@@ -112,11 +112,8 @@ def attend(setup: Setup, held: Held, call: AttentionCall, takes: bool) -> torch.
     assert library is not None, "`can_attend` says whether it is there"
     slots, newest, coding = held.slots, held.newest, held.slots.coding
     (b, h, _, d), (_, g, _, w) = call.query_states.shape, call.value_states.shape
-    states = call.query_states, call.key_states, call.value_states
-    query_states, key_states, value_states = (each.contiguous() for each in states)
-    newest = Newest(*[each.contiguous() for each in vars(newest).values()])
-    real = None if call.real is None else call.real.contiguous()
-    sinks = None if call.sinks is None else call.sinks.detach().float().contiguous()
+    query_states, key_states, value_states, real, sinks = dense(call)
+    newest = newest.map(lambda name, tensor: tensor.contiguous())
     output = value_states.new_empty(b, h, 1, w)
     arguments = Attend(
         b=b,

@@ -148,11 +148,7 @@ def step(setup: Setup, held: Held, call: AttentionCall) -> torch.Tensor | None:
     assert library is not None, "`can_step` says whether it is there"
     memory, slots, rows, counts = setup.memory, held.slots, held.rows, held.rows.counts
     (b, h, _, d), (_, g, _, w) = call.query_states.shape, call.value_states.shape
-    query_states, key_states, value_states = (
-        states.contiguous() for states in (call.query_states, call.key_states, call.value_states)
-    )
-    real = None if call.real is None else call.real.contiguous()
-    sinks = None if call.sinks is None else call.sinks.detach().float().contiguous()
+    query_states, key_states, value_states, real, sinks = dense(call)
     output = value_states.new_empty(b, h, 1, w)
     arguments = Step(
         b=b,
@@ -190,6 +186,17 @@ def step(setup: Setup, held: Held, call: AttentionCall) -> torch.Tensor | None:
     elif isinstance(memory, LayerCentroids):
         _hand_over_centroids(arguments, held.state)
     return output if library.less_step(ctypes.byref(arguments)) else None
+
+
+def dense(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """Queries, keys, values, which are real and sinks in float32, as C++ reads them: without gaps."""
+    return (
+        call.query_states.contiguous(),
+        call.key_states.contiguous(),
+        call.value_states.contiguous(),
+        None if call.real is None else call.real.contiguous(),
+        None if call.sinks is None else call.sinks.detach().float().contiguous(),
+    )
 
 
 def _hand_over_trained(arguments: Step, memory: TrainedMemory, state: Any) -> None:
